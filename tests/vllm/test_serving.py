@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from command_line import RunCommand
 
 import offramp_vllm.exports.serving as module
 import offramp_vllm.exports.vllm as exports
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.features.input_processor import COMPLETES
 from offramp_vllm.adapter import read_exported
 
@@ -93,6 +95,27 @@ def test_early_exit_does_not_draft_and_a_second_start_writes_nothing(
     assert json.loads(settings["additional-config"])["offramp"]["watch"] == 0.02
 
 
+def test_modes_that_no_request_would_get_are_refused(
+    run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would start, and answer requests that name no mode in another one."""
+    code, _, err = run("serve", "tiny-opt", "--engine", "vllm", "--mode", "full")
+    assert code == 1 and "--mode full" in err and len(err.strip().splitlines()) == 2
+
+    def drafting(*given: Any, **more: Any) -> Any:
+        opened = loaded(*given, **more)
+        adapter = opened.adapter.with_policy(ExitPolicy(drafts={2: 0.1}, lossless=True))
+        return replace(opened, adapter=adapter)
+
+    loaded = module.loaded
+    monkeypatch.setattr(module, "loaded", drafting)
+    monkeypatch.setattr(exports, "export_vllm", nothing)
+    code, _, err = run("serve", "tiny-opt", "--engine", "vllm", "--mode", "early_exit")
+    assert code == 1 and "no thresholds" in err and not started
+    assert run("serve", "tiny-opt", "--engine", "vllm")[0] == 0
+    assert "speculative-config" in settings_of(started)
+
+
 def test_a_template_that_the_checkpoint_lacks_is_handed_over(
     run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +129,9 @@ def test_a_template_that_the_checkpoint_lacks_is_handed_over(
     monkeypatch.setattr(module, "loaded", templated)
     code, _, err = run("serve", "tiny-opt", "--engine", "vllm")
     assert code == 0, err
-    assert Path(settings_of(started)["chat-template"]).read_text() == COMPLETES
+    settings = settings_of(started)
+    assert Path(settings["chat-template"]).read_text() == COMPLETES
+    assert settings["chat-template-content-format"] == "openai"  # images stand before the turns
 
 
 def test_keys_are_in_no_list_of_processes(

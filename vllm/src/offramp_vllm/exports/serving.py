@@ -23,15 +23,14 @@ from offramp.cli.loading import loaded
 from offramp.cli.output import print_json, tell
 from offramp.common.folders import cache_folder
 from offramp.core.errors import InputError
-from offramp.core.storage import digest_file, digest_rows, write_atomic, write_json
+from offramp.core.storage import digest_file, digest_rows, write_json
 from offramp.engines import register_engine
-from offramp_vllm.exports.exporters import checkpoint_of, ships
+from offramp_vllm.exports.exporters import DRAFTS, checkpoint_of, template_options
 
 PYTHON = "OFFRAMP_VLLM_PYTHON"
 MODULES = ("vllm", "offramp_vllm")
 PHOTO_CLASS = "offramp_photo"
 """The package that brings vLLM the class of the models of photographs."""
-DRAFTS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 GIBIBYTES = "2"
 """Of keys and values on a processor, where the environment names no other size: vLLM would take
 92% of the free memory."""
@@ -44,17 +43,22 @@ def serve(arguments: argparse.Namespace) -> None:
 
     Raises:
         InputError: vLLM or its plug-in is not installed where it is looked for; an option that vLLM
-            does not have; exits that vLLM cannot run.
+            does not have, or a mode in which it would not answer; exits that vLLM cannot run.
     """
     if named := [name for name in UNKNOWN if getattr(arguments, name, None)]:
         option = named[0].replace("_", "-")
         raise InputError(f"vLLM's server has no --{option}.", "Leave it out.")
+    if arguments.mode == "full":
+        raise InputError(
+            "Exits in vLLM draft or answer early, and --mode full wants neither.",
+            "Leave it out: requests that say offramp_mode full are answered so.",
+        )
     python, config = _python(), server_config(arguments)
     opened = loaded(arguments, name=arguments.name, engine="torch")
     model = _checkpoint(opened.adapter.backbone)
     if opened.adapter.backbone.name in PHOTOS.values():
         _check(python, [PHOTO_CLASS])
-    exits = _exported(opened, exits_folder(arguments.name))
+    exits = _exported(opened, exits_folder(arguments.name), arguments.mode)
     settings = _settings(arguments, config, opened, exits) | {"model": model}
     # Keys would be seen in the list of processes, so vLLM reads all from a file of this user's.
     file = exits.with_name(f"{exits.name}-{arguments.port}.yaml")
@@ -119,10 +123,15 @@ def _checkpoint(backbone: Any) -> str:
     return checkpoint_of(backbone)
 
 
-def _exported(opened: Any, source: Path) -> Path:
-    """The folder of an adapter's exits, written at first use. source: the adapter's folder."""
+def _exported(opened: Any, source: Path, mode: str | None) -> Path:
+    """The folder of an adapter's exits, written at first use. source: the adapter's folder.
+
+    Raises:
+        InputError: there are no exits, or none that answers in this mode.
+    """
     if not opened.has_exits:
         raise InputError("Without exits there is nothing to add to vLLM.", "Name an adapter.")
+    opened.adapter.policy.asked(mode, None, opened.adapter.exits.depths)
     from offramp.core.save_and_load import CONFIG  # PyTorch, of which no help needs any
     from offramp_vllm.exports.vllm import FORMAT, PROMPTS, VLLM, export_vllm
 
@@ -153,24 +162,15 @@ def _settings(
     }
     if arguments.slots is not None:
         settings["max-num-seqs"] = arguments.slots
-    if (template := arguments.chat_template or _template(opened, exits)) is not None:
-        settings["chat-template"] = str(template)
+    if arguments.chat_template is None:
+        settings |= template_options(opened, exits)
+    else:
+        settings["chat-template"] = str(arguments.chat_template)
     if config.keys:
         settings["api-key"] = list(config.keys)
     if arguments.mode in (None, "lossless"):
         settings["speculative-config"] = json.dumps(DRAFTS)
     return settings
-
-
-def _template(opened: Any, exits: Path) -> Path | None:
-    """A file beside the exits with the chat template that a model got when it was opened; None:
-    vLLM finds the model's own."""
-    template = getattr(opened.processor, "chat_template", None)
-    if not ships(opened.adapter.backbone) or not template:
-        return None
-    file = exits.with_name(f"{exits.name}.jinja")
-    write_atomic(file, template.encode())
-    return file
 
 
 register_engine(
