@@ -92,6 +92,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
 }
+AT = {2: 0.7, 4: 0.7}
+"""Thresholds of requests where exits have none."""
 ADAPTERS = "one", "two"
 NEW = 20
 PROMPTS = 24
@@ -141,8 +143,9 @@ def make(folder: Path, name: str) -> None:
     else:
         asked = [(ids, _texts(ids)) for ids in _build(name, folder)]
     backbone = offramp.Backbone.from_pretrained(folder / "model", dtype="float32")
-    depths = (2,) if name != "llama" else (2, 4)
-    exits = Exits(backbone, depths)
+    chat = name == "photo-chat"
+    depths = (2, 4) if name == "llama" or chat else (2,)
+    exits = Exits(backbone, depths, kind="drafting" if chat else "layer")
     for weight in exits.parameters():
         weight.data += 0.1 * weight.data.std() * torch.randn_like(weight)
     shortlist = torch.arange(3, WORDS, 3) if name in ("qwen3", "opt") else None
@@ -151,6 +154,8 @@ def make(folder: Path, name: str) -> None:
         attached = ExitSet(exits)
     inputs = [one for _, one in asked]
     policy = _half_leaves(backbone, attached, depths, inputs, shortlist is not None)
+    if chat:  # ships without thresholds, so that a request gives one
+        policy = ExitPolicy(drafts={2: 0.1}, lossless=True)
     adapter = Adapter(backbone, attached, policy)
     adapter.save(folder / "exits")
     adapter = Adapter.load(folder / "exits", backbone)
@@ -165,7 +170,8 @@ def make(folder: Path, name: str) -> None:
         save_drafter(drafter, backbone, folder / "eagle", drafts=3, measured=right)
     answers = {}
     for mode in ("early_exit", "full"):
-        made = [(prompt, *_answer(adapter, one, mode)) for prompt, one in asked]
+        chosen = adapter.policy.asked(mode, AT if chat else None, depths)
+        made = [(prompt, *_answer(adapter, one, chosen)) for prompt, one in asked]
         answers[mode] = [{"prompt": p, "tokens": t, "depths": d} for p, t, d in made]
     (folder / "answers.json").write_text(json.dumps(answers))
     if name == "llama":
@@ -173,7 +179,7 @@ def make(folder: Path, name: str) -> None:
             adapted(folder, adapter_name, seed, adapter, asked)
     depths_seen = [d for one in answers["early_exit"] for d in one["depths"]]
     shares = {d: depths_seen.count(d) / len(depths_seen) for d in sorted(set(depths_seen))}
-    print(name, dict(policy.thresholds), dict(policy.first), shares, flush=True)
+    print(name, dict(policy.thresholds), dict(policy.first or {}), shares, flush=True)
 
 
 def adapted(folder: Path, name: str, seed: int, exits: Adapter, asked: list[Any]) -> None:
@@ -252,8 +258,9 @@ def _run(backbone: Any, exits: Any, inputs: dict[str, Any], policy: ExitPolicy) 
     )
 
 
-def _answer(adapter: Adapter, inputs: dict[str, Any], mode: str) -> tuple[list[int], list[int]]:
-    policy = adapter.chosen_policy(mode, None)
+def _answer(
+    adapter: Adapter, inputs: dict[str, Any], policy: ExitPolicy
+) -> tuple[list[int], list[int]]:
     made = _run(adapter.backbone, adapter.exits, inputs, policy)
     return made.new_tokens[0].tolist(), made.depths[0].tolist()
 

@@ -251,6 +251,7 @@ KINDS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[Any, Any]], str, str,
     "llava-mistral": (llava, "mistral", "<image>", 28),
     "llava-next": (llava_next, "llama", "<image>", 28),
     "photo": (photo, "llama", "<file_sep>", 224),
+    "photo-chat": (photo, "llama", "<file_sep>", 224),
     "idefics3": (idefics3("Idefics3"), "llama", "<image>", 32),
     "smolvlm": (idefics3("SmolVLM"), "llama", "<image>", 32),
     "qwen2-vl": (qwen("Qwen2VL"), "", SHOWN, 32),
@@ -271,7 +272,7 @@ def build(name: str, text: Mapping[str, Any], folder: Path) -> list[tuple[str, d
     kind = {"model_type": decoder} if decoder else {}
     model, processor = maker({**text, "vocab_size": VOCABULARY, **kind})
     sharpen(model.eval())
-    if name == "photo":
+    if name.startswith("photo"):
         _save_photo(model, processor, folder / "model")
     else:
         model.save_pretrained(folder / "model")

@@ -1,5 +1,5 @@
 """Pictures: the tiny OPT that ships in Blip2, random models of other families, and the photo
-model's tower before one, as vLLM's own classes and processors see them."""
+models' tower before one, as vLLM's own classes and processors see them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ FAMILIES = (
     "llava-mistral",
     "llava-next",
     "photo",
+    "photo-chat",
     "idefics3",
     "smolvlm",
     "qwen2-vl",
@@ -27,6 +28,8 @@ FAMILIES = (
     "internvl-qwen3",
 )
 NEW = {"tiny-opt": 30}
+EARLY = {"photo-chat": {"offramp_threshold": 0.7}}
+"""What asks for early exit of exits without thresholds."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,10 +53,12 @@ def test_answers_about_pictures_are_offramps(name: str, made: Any, serve: Any) -
         }
         for place, row in enumerate(early)
     ]
+    assert len({depth for row in early for depth in row["depths"]}) > 1
     for rows, mode in ((early, "early_exit"), (full, "full"), (full, "lossless")):
-        params = SamplingParams(
-            temperature=0.0, max_tokens=NEW.get(name, 20), extra_args={"offramp_mode": mode}
-        )
+        extra = {"offramp_mode": mode}
+        if mode == "early_exit":
+            extra = EARLY.get(name, extra)
+        params = SamplingParams(temperature=0.0, max_tokens=NEW.get(name, 20), extra_args=extra)
         for at_once in (1, 8, 40):
             got = []
             for start in range(0, len(asked), at_once):

@@ -85,8 +85,15 @@ def forced() -> str:
     return f"{seconds[False] / seconds[True]:.2f}x"
 
 
+def spoken() -> str:
+    """Answers of photo-chat over HTTP, in the mode with the fewest that are offramp's own."""
+    found = record("vllm-chat")
+    return f"{min(found['same'].values())} of {found['answers']}"
+
+
 TABLES: dict[str, MakeTable] = {"vllm": loads}
 FIGURES: dict[str, Make] = {
+    "vllm-chat-same": spoken,
     "vllm-forced-1": forced,
     "vllm-lossless": lambda: ratio(measured("1")["vLLM", "lossless"], "1"),
 }
