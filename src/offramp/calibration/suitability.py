@@ -172,7 +172,7 @@ class Suitability:
             )
         return (
             f"Exits would not pay here: the best, {where}, would agree with the full model on "
-            f"{best.agreement:.0%} of words, and too few of them are sure enough to leave."
+            f"{best.agreement:.0%} of words, and be confident of too few of them to save time."
         )
 
     def seconds_with(self, level: float) -> float:
