@@ -231,6 +231,18 @@ def test_a_question_may_stand_alone(run: RunCommand, photos: Path, words: tuple[
     assert_two_lines(two, "See offramp generate --help")
 
 
+@pytest.mark.parametrize("question", ["Balls?", "What colour is no. 1?", "the left ball"])
+def test_what_ends_in_a_question_mark_or_has_spaces_is_asked(
+    run: RunCommand, photos: Path, question: str
+) -> None:
+    line = ("generate", "tiny-opt", "--image", photos / "0.png")
+    short = ("--max-new-tokens", 4, "--json")
+    answers = [run(*line, question, *short), run(*line, "--prompt", question, *short)]
+    assert answers[0] == answers[1] and answers[0][0] == 0
+    code, _, err = run(*line, photos / "no such.png")
+    assert code == 1 and "no such.png does not exist" in err
+
+
 def test_a_folder_an_address_and_stdin_are_captioned_as_their_files(
     run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -363,6 +375,7 @@ def test_a_name_of_nothing_is_told_before_pytorch_is_loaded(photos: Path, tmp_pa
         ["chat", "gone", "--image", image],
         ["caption", tmp_path / "gone.jpg"],
         ["inspect", tmp_path / "gone"],
+        ["inspect", "phot"],
         ["serve", "gone"],
         ["calibrate", "gone", "--data", photos],
     ]
@@ -374,7 +387,8 @@ def test_a_name_of_nothing_is_told_before_pytorch_is_loaded(photos: Path, tmp_pa
     command = [sys.executable, "-c", program, words]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.stdout == f"{[1] * len(commands)} False\n", found
-    assert found.stderr.count("gone") >= len(commands) == found.stderr.count("error: ")
+    assert found.stderr.count("error: ") == len(commands)
+    assert found.stderr.count("gone") >= len(commands) - 1 and "mean 'photo'?" in found.stderr
 
 
 def test_an_answer_takes_the_name_of_a_file(photos: Path) -> None:

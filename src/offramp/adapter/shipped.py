@@ -63,6 +63,12 @@ def close_shipped(name: str) -> str:
     return f"Did you mean {close[0]!r}? " if misspelt else ""
 
 
+def check_spelling(name: str) -> None:
+    """Raise `InputError` for a name that is nearly a shipped model's."""
+    if close := close_shipped(name):
+        raise InputError(f"No model {name!r} ships with offramp.", close)
+
+
 def tiny_folder(kind: str) -> Path:
     """Return the folder of a shipped model, for plain `from_pretrained`. Raise `InputError` if
     unknown.
@@ -112,8 +118,7 @@ def load_named(
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     kind, photo = tiny_kind(name), photo_kind(name)
     if kind is None and photo is None:
-        if close := close_shipped(name):
-            raise InputError(f"No model {name!r} ships with offramp.", close)
+        check_spelling(name)
         backbone = Backbone.from_pretrained(name, revision=revision, dtype=exact, device=device)
         return backbone, load_processor(name, revision=revision)
     if revision is not None:

@@ -74,13 +74,14 @@ def check_name(name: str, *, exits: bool) -> None:
     Raises:
         AdapterError: there are no exits of that name. InputError: nor a model.
     """
-    from offramp.adapter.shipped import exits_folder, photo_kind, tiny_kind
+    from offramp.adapter.shipped import check_spelling, exits_folder, photo_kind, tiny_kind
     from offramp.common.names import close_name, is_hub_name
 
     if photo_kind(name) or tiny_kind(name) or os.path.isdir(name) or is_hub_name(name):
         return
     if exits:
         exits_folder(name)
+    check_spelling(name)
     if os.sep in name:  # else it may be one of the hub's names without an owner
         raise InputError(
             f"No vision-language model could be loaded from {name!r}: there is no such folder.",

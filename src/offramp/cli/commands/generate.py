@@ -277,10 +277,14 @@ def _check_images(arguments: argparse.Namespace) -> None:
 
 
 def _take_question(arguments: argparse.Namespace) -> None:
-    """Take what follows the files as the prompt, where it has a space and is no file."""
+    """Take what follows the files as the prompt, where it reads as one and is no file."""
+    from offramp.inputs.image import SUFFIXES  # Pillow, of which no help needs any
+
     if arguments.prompt is None and len(arguments.image) > 1:
         last = arguments.image[-1]
-        if isinstance(last, Path) and " " in str(last) and not last.exists() and not last.suffix:
+        if not isinstance(last, Path) or last.exists() or last.suffix.lower() in SUFFIXES:
+            return
+        if " " in (text := str(last)) or text.endswith("?"):
             arguments.prompt = str(arguments.image.pop())
 
 
