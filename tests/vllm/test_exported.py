@@ -93,8 +93,9 @@ def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exporte
     assert [Checked(**one) for one in reversed(other)] == list(kept)
 
 
+@pytest.mark.parametrize("trust", [None, 0.98])
 def test_exits_that_only_draft_are_exported_and_exit_at_a_requests_threshold(
-    tmp_path: Path,
+    tmp_path: Path, trust: float | None
 ) -> None:
     import offramp
     from offramp.adapter.adapter import Adapter
@@ -103,7 +104,8 @@ def test_exits_that_only_draft_are_exported_and_exit_at_a_requests_threshold(
 
     backbone, processor = load_tiny("opt")
     attached = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
-    drafting = ExitPolicy(drafts={2: 0.1}, lossless=True, shortlist=attached.policy.shortlist)
+    how = {"lossless": True} if trust is None else {"trust": trust}
+    drafting = ExitPolicy(drafts={2: 0.1}, shortlist=attached.policy.shortlist, **how)
     adapter = Adapter(attached.backbone, attached.exits, drafting)
     prompts = [processor.tokenizer(text)["input_ids"] for text in PROMPTS[:2]]
     assert export_vllm(adapter, tmp_path / "exits", prompts, max_new_tokens=6) == 2
