@@ -15,7 +15,7 @@ READY := $(VENV)/.offramp-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.offramp-ready
 
-.PHONY: demo test core quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version dist check-dist notes
+.PHONY: demo test test-slow core quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version dist check-dist notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo $(BACKBONE)
@@ -24,8 +24,11 @@ demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 LAB_TESTS := lab/tests tests/examples
 
-test: $(READY)  ## the tests of what is installed, without a network
-	$(PYTEST) tests --ignore=tests/examples
+test: $(READY)  ## the tests of what is installed, without a network; not the slow ones
+	$(PYTEST) tests --ignore=tests/examples -m "not slow"
+
+test-slow: $(READY)  ## those that are marked slow: over 1.5 s of CPU each
+	$(PYTEST) tests --ignore=tests/examples -m slow
 
 quick: $(READY)  ## the laws of three families and the tests that mirror what changed: two minutes on one core
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 --quick $$($(PYTHON) tests/helpers/quick.py)
@@ -44,7 +47,7 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test test-research
+check: lint test test-slow test-research
 
 records: $(READY)  ## run both demos, keep their reports in records/, refill the pages' tables
 	$(BIN)/offramp demo opt

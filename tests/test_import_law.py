@@ -178,6 +178,7 @@ def loaded_by(*modules: str, then: str = "") -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
     loaded = loaded_by("offramp.serving", "offramp.core.engine.generate", "offramp.adapter.adapter")
     assert "offramp.core.engine.generate" in loaded
@@ -202,6 +203,7 @@ print(*(m.__name__ for m in ours))
 """
 
 
+@pytest.mark.slow
 def test_who_opens_an_adapter_and_answers_loads_the_core_and_adapters() -> None:
     """From an adapter with a guarantee: it is read, and nobody asks for it."""
     done = subprocess.run(
@@ -250,6 +252,7 @@ def test_no_command_loads_torch_for_its_help() -> None:
     assert done.stdout.count("usage: ") == len(names)
 
 
+@pytest.mark.slow
 def test_neither_the_server_nor_a_sliced_model_needs_torch() -> None:
     loaded = loaded_by("offramp.serving.server.app", "offramp.serving.server.run")
     assert loaded & {"torch", "transformers", "huggingface_hub"} == set()

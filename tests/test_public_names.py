@@ -32,6 +32,7 @@ def test_a_public_name_can_be_called(name: str) -> None:
     assert callable(found) and found.__doc__
 
 
+@pytest.mark.slow
 def test_no_module_stands_where_a_function_of_its_name_does() -> None:
     """Importing every module leaves each public name what it was."""
     code = (

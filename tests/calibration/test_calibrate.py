@@ -240,6 +240,7 @@ def test_a_target_of_its_own_needs_a_kind_and_a_share(own: dict[str, float]) -> 
         found(4, examples=of_two_kinds(), kind_targets=own)
 
 
+@pytest.mark.slow
 def test_words_of_cider_are_weighed_by_images_that_are_not_tested_on() -> None:
     some = examples()
     part = found(4, risk="cider_drop")

@@ -36,6 +36,7 @@ def middling(found: Replay) -> list[dict[int, float]]:
     return vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first"),
     [

@@ -135,6 +135,7 @@ def test_a_power_law_is_followed_to_where_it_leads_and_never_upwards() -> None:
     assert found[1] <= rising.max()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_layers")
 def test_the_shipped_model_settles_early_and_fast(
     encoder: InputProcessor, scenes: list[Example]
@@ -151,6 +152,7 @@ def test_the_shipped_model_settles_early_and_fast(
     assert first.lossless > last.lossless and first.lossless > 1.0
 
 
+@pytest.mark.slow
 def test_the_forecast_is_the_same_every_time_but_for_the_clock(
     encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_the_forecast_is_the_same_every_time_but_for_the_clock(
     assert [replace(p, **clock) for p in one] == [replace(p, **clock) for p in two]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_layers")
 def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
     encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch

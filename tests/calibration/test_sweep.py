@@ -35,6 +35,7 @@ def costs_of(layers: int) -> Costs:
     return Costs(layers=layers, batch=1, context=8, layer=(1, 1, 1, 1), head=(0, 0, 0, 0), **free)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_a_share_of_changed_answers_is_that_of_decoding(
     backbone: Build, exits: Build, name: str
@@ -99,6 +100,7 @@ def test_a_score_that_a_pass_does_not_show_is_refused(backbone: Build, exits: Bu
         sweep(adapter, encoder, fakes.examples(2), ("patience",))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_plot(
     run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def broken(paths: list[PathResult]) -> set[str]:
     return {path.path for path in paths if path.broken}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava"])
 def test_first_tokens_are_held_to_their_own_thresholds(
@@ -79,6 +80,7 @@ def test_first_tokens_are_held_to_their_own_thresholds(
     assert all(path.promised and path.exact for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [0.0, 1e-3, 2.0])
 def test_by_trust_answers_are_held_to_what_one_run_offers(
     trust: float, backbone: Any, exits: Any
@@ -93,6 +95,7 @@ def test_by_trust_answers_are_held_to_what_one_run_offers(
     assert f"by trust, {trust:g}" in one.certified(paths, "torch", "", ["verify"]).words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "qwen2-vl"])
 def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     paths = verified(name, backbone, exits)
@@ -173,6 +176,7 @@ def test_a_broken_executor_is_found(
     assert found <= wrong and not sound & wrong
 
 
+@pytest.mark.slow
 def test_an_error_of_a_model_is_a_broken_promise_and_a_refusal_is_none(
     backbone: Any, exits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -
     assert f"{differ} of {tokens} tokens differ where rounding may" in said
 
 
+@pytest.mark.slow
 @fakes.NEEDS_BF16
 def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
     whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=EXACT_BATCHES)
@@ -374,6 +379,7 @@ def test_a_card_keeps_what_was_edited() -> None:
 SMALL = ("--quick", "--limit", 2, "--max-new-tokens", 5)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_keeps_a_certificate(
     run: RunCommand, adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -396,6 +402,7 @@ def test_the_command_prints_a_table_and_keeps_a_certificate(
     assert kept.words in run("inspect", adapter, "--json")[1]
 
 
+@pytest.mark.slow
 def test_a_quick_run_does_not_advise_itself(
     run: RunCommand, adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -403,6 +410,7 @@ def test_a_quick_run_does_not_advise_itself(
     assert "answers takes up to" in caplog.text and "writes few" not in caplog.text
 
 
+@pytest.mark.slow
 def test_given_prompts_and_json(
     run: RunCommand, adapter: Path, unlabelled: Path, tmp_path: Path
 ) -> None:
@@ -418,6 +426,7 @@ def test_given_prompts_and_json(
     assert_two_lines(run(*asked), "certificate")
 
 
+@pytest.mark.slow
 def test_the_command_fails_where_a_promise_is_broken(
     run: RunCommand, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

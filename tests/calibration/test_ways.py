@@ -81,6 +81,7 @@ def test_exits_that_do_not_draft_on_are_tested_by_thresholds() -> None:
     assert way_of(told.policy)[0] == "thresholds" and len(told.attempts) == 1
 
 
+@pytest.mark.slow
 def test_ways_are_answered_in_turn() -> None:
     own = adapter("drafting")
     policy = by_trust(own, **OPTIONS)

@@ -44,6 +44,7 @@ def test_every_command_is_there_and_its_help_shows_it_at_work(
     assert capsys.readouterr().out.startswith(f"example:\n  {parser_of(command).prog} {command}")
 
 
+@pytest.mark.slow
 def test_training_tells_its_agreement_by_depth_on_stdout(
     run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_finished_run_resumes_to_the_same_adapter(
     assert (adapter / "exits.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_thresholds_need_no_labels_where_the_risk_reads_none(
     run: RunCommand, adapter: Path, unlabelled: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_thresholds_need_no_labels_where_the_risk_reads_none(
     assert_two_lines(run(*asked, "--risk", "rouge_l_drop"), "answer")
 
 
+@pytest.mark.slow
 def test_calibrate_stores_its_promise_in_the_adapter(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
@@ -173,6 +176,7 @@ def test_calibrate_tests_the_thresholds_that_are_named_and_no_others(
     assert code == 2 and "--thresholds" in err
 
 
+@pytest.mark.slow
 def test_calibrate_stores_a_threshold_of_first_tokens(
     run: RunCommand, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +194,7 @@ def test_calibrate_stores_a_threshold_of_first_tokens(
     assert code == 2 and "soon" in err
 
 
+@pytest.mark.slow
 def test_a_calibration_is_stored_before_it_is_shown_and_shown_where_it_cannot_be(
     run: RunCommand, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +245,7 @@ def test_official_questions_with_a_blank_among_ten_answers_are_calibrated_on(
     assert json.loads(out)["answers"] > 0
 
 
+@pytest.mark.slow
 def test_a_copy_is_no_first_attempt_on_the_same_images(
     run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +259,7 @@ def test_a_copy_is_no_first_attempt_on_the_same_images(
         assert (tmp_path / f"copy {number}").is_dir() == (not found["reason"])
 
 
+@pytest.mark.slow
 def test_exits_that_are_trained_again_share_the_errors_of_those_before(
     run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +335,7 @@ def test_calibrate_tells_how_many_answers_would_be_needed(
     assert json.loads((adapter / CONFIG).read_text())["policy"]["thresholds"] == {}
 
 
+@pytest.mark.slow
 def test_calibrate_that_can_guarantee_nothing_leaves_the_thresholds(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:

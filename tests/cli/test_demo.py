@@ -19,6 +19,8 @@ from offramp.engines.loading import load, usual_prompt
 from offramp.features.input_processor import InputProcessor
 from offramp.report.sections import TITLES
 
+pytestmark = pytest.mark.slow
+
 SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=2, timed=1, rounds=1, steps=4)
 
 

@@ -193,6 +193,7 @@ def test_an_unknown_option_in_a_file_is_answered_with_the_nearest(
 # -- output -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_are_text_for_people_and_json_where_asked(
     run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +205,7 @@ def test_results_are_text_for_people_and_json_where_asked(
     assert all(f"{depth}: {share:.4g}" in text for depth, share in told["agreement"].items())
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_and_errors() -> None:
     def stderr(*words: str) -> str:
         return subprocess.run(

@@ -366,6 +366,7 @@ def test_what_stands_without_a_value_there_is_known() -> None:
     assert flags - {"--version"} == {*edge.ALONE} - {"--"}
 
 
+@pytest.mark.slow
 def test_a_name_of_nothing_is_told_before_pytorch_is_loaded(photos: Path, tmp_path: Path) -> None:
     image = photos / "0.png"
     commands = [

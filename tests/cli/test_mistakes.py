@@ -272,6 +272,7 @@ def test_a_warning_of_ours_is_a_line_and_others_are_as_they_were(
 # -- quiet -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(image: Path) -> None:
     """In a process of its own: bars of libraries are drawn where they are imported."""
     words = ["generate", "--adapter", str(EXITS), "--image", str(image), "--max-new-tokens", "2"]
@@ -307,6 +308,7 @@ def test_a_folder_of_images_that_is_not_there_is_said(
     assert_two_lines(found, "no folder of images")
 
 
+@pytest.mark.slow
 def test_names_that_are_no_utf_8_are_names(
     adapter: Path, held_out: Path, photos: Path, run: RunCommand, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_suggestion_is_close_and_is_shown() -> None:
         assert "--adapter-folder" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_caption_is_generate_with_fewer_words(run: RunCommand, trained: Path, photos: Path) -> None:
     image, how = photos / "0.png", ("--max-new-tokens", 8, "--threshold", 0.5)
     told = run("generate", trained, "--image", image, "--prompt", "Caption:", *how)

@@ -24,6 +24,7 @@ def made(run: RunCommand, photos: Path, trained: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_other_engines_and_formats_are_warned_of(
     run: RunCommand, photos: Path, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -92,6 +92,7 @@ def fault(words: list[str], places: Places, capsys: Any) -> str | None:
     return f"it wrote {left} into the working folder" if left and not named else None
 
 
+@pytest.mark.slow
 def test_whatever_is_typed_works_or_is_refused_in_two_lines(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_another_adapter_is_not_replaced(
         assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_same_exits_and_the_adapter_itself_are_written_to(
     adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def test_inspect_names_training_with_a_depth_it_proposes(
     assert code == 0 and f"--depths {depth}" in next_of(caplog)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter", "tiny-opt"])
 def test_inspect_is_ten_lines_and_the_rest_is_json(
     run: RunCommand, trained: Path, name: str
@@ -152,6 +153,7 @@ def test_calibrate_says_what_an_attempt_is_worth_before_it_is_made(
     assert 0 <= none < few < many < 100
 
 
+@pytest.mark.slow
 def test_a_forecast_is_five_lines_and_a_page_and_names_training_at_its_best_depth(
     run: RunCommand, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -257,6 +257,7 @@ def test_what_is_named_is_taken(measured: list[str], asked: tuple[str, ...], way
 # -- for once without fakes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     monkeypatch.setattr(auto, "SMALLEST", 0)
     monkeypatch.setattr(auto, "_tower", lambda vision: "torch")
@@ -298,6 +299,7 @@ def test_threads_are_measured_by_themselves(
     assert len(measured) > count
 
 
+@pytest.mark.slow
 def test_a_way_with_another_answer_is_found_out() -> None:
     loaded = load("tiny-opt", engine="torch")
     found, told = auto._tried(loaded, "torch", 0.0, None)

@@ -37,6 +37,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         runtime.close()
 
 
+@pytest.mark.slow
 def test_full_depth_and_lossless_are_the_models_own_words(opened: Any, batch: Any) -> None:
     own = adapter_of(FAMILY)  # in PyTorch, untouched
     for turn in range(2):

@@ -62,6 +62,7 @@ def test_a_template_that_does_not_work_is_two_lines(
     assert_two_lines(found, str(file), said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "packed", "exact-batches", "compiled"])
 def test_a_model_is_loaded_by_one_name_and_answers_in_every_engine(engine: str) -> None:
     loaded = load("tiny-opt", engine=engine)

@@ -69,6 +69,7 @@ def warned(caplog):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "florence2", "qwen2.5-vl"])
 def test_code_writes_the_modules_tokens(name, backbone, exits, batch, both, codes, warned):
     whole, inputs, given = backbone(name), batch(name, 1), {"exits": exits(name), "dice": 5}
@@ -102,6 +103,7 @@ class Beside:
         pass
 
 
+@pytest.mark.slow
 def test_what_is_decoded_by_other_options_on_one_backbone_is_not_touched(
     backbone, exits, batch, codes, scored, monkeypatch
 ):

@@ -77,6 +77,7 @@ def check(schema: Schema, ids: list[int]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_answer_that_ended_by_itself_is_valid(mode: str) -> None:
     ended = 0
@@ -87,6 +88,7 @@ def test_every_answer_that_ended_by_itself_is_valid(mode: str) -> None:
     assert ended > 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 4])
 def test_every_answer_of_an_engine_is_valid(slots: int) -> None:
     """Requests with schemas of their own, and one without, beside each other."""

@@ -25,6 +25,7 @@ def checked(name, rows=1):
     return whole, check_decoding(whole, zoo.inputs(name, model, rows), depths=(2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["blip", "lfm2_vl", "chameleon", "exaone4_5"])
 def test_all_of_decoding_is_the_models_own(name, rows):
@@ -33,6 +34,7 @@ def test_all_of_decoding_is_the_models_own(name, rows):
     assert all(map(found.holds, outcomes)), found
 
 
+@pytest.mark.slow
 def test_a_batch_of_more_rows_than_tokens_is_checked_as_few_are():
     _, found = checked("lfm2_vl", 12)
     assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
@@ -46,6 +48,7 @@ def test_a_cross_attention_layer_is_no_exit_and_keeps_the_images_keys():
     assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h_omni"])
 def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
     whole, found = checked(name, 3)
@@ -78,6 +81,7 @@ def test_a_prompt_that_looks_ahead_is_told_from_one_that_does_not(name, batch):
     assert found.holds(found.first_token) == (name not in families.LOOKS_AHEAD), found
 
 
+@pytest.mark.slow
 def test_layers_that_read_the_tokens_again_get_those_that_wait():
     """Gemma 4 adds an embedding of the token in every layer."""
     _, found = checked("gemma4", 3)
@@ -92,6 +96,7 @@ def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
     assert len(str(caught.value).splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_router_with_noise_is_refused_in_every_precision(dtype):
     """A token that goes to another expert is not rounding, however little its logits differ."""
@@ -124,6 +129,7 @@ def test_what_held_is_taken_over(batch):
     assert found.family.causal_prompt
 
 
+@pytest.mark.slow
 def test_lossless_is_refused_in_two_lines_where_drafts_cannot_be_taken_back():
     model = zoo.build("inkling_mm_model")
     whole, inputs = Backbone(model), zoo.inputs("inkling_mm_model", model, 1)

@@ -19,6 +19,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 THREADS = 8
 
 
+@pytest.mark.slow
 def test_eight_threads_share_both_caches() -> None:
     model = Backbone(families.build("blip2-opt"))
     prompts = [families.KINDS["blip2-opt"].inputs(1, seed=seed) for seed in range(6)]

@@ -286,6 +286,7 @@ def test_every_cache_gives_the_same_batches(name: str, backbone: Build, tmp_path
         assert all(same(first, other) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
 def test_the_stated_size_is_what_is_held_and_it_is_held_once(name: str, backbone: Build) -> None:
     encoder = input_processor_of(backbone(name), name)

@@ -66,6 +66,7 @@ def inputs_of(
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "smolvlm"])  # their towers are built differently
 def test_each_family_calls_it_in_its_own_way(name: str, ort: str) -> None:
     test_answers_are_the_models_own_and_its_tower_rests(ort, name)
@@ -101,6 +102,7 @@ def test_products_in_int8_are_near_but_those_of_another_tower(ort: str) -> None:
     assert not calls and not logging.getLogger().disabled
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_farther_off_than_rounding_is_not_used(
     ort: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_picture_is_seen_as_it_is_alone(engine: str) -> None:
             assert torch.equal(one[0], all_of_them[row])
 
 
+@pytest.mark.slow
 def test_in_half_precision_it_runs_in_float32(engine: str) -> None:
     backbone, _ = exported("llava", engine, torch.bfloat16)
     exact = families.build("llava", torch.bfloat16).float()
@@ -138,6 +141,7 @@ def test_the_vision_cache_stands_before_it(ort: str) -> None:
     assert torch.equal(first.sequences, again.sequences)
 
 
+@pytest.mark.slow
 def test_an_export_is_kept_and_a_damaged_one_made_again(
     kept: Path, ort: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +267,7 @@ def test_without_a_picture_to_try_it_stays_in_pytorch(
 # -- where it is used ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_shipped_model_is_loaded_with_it(ort: str) -> None:
     from offramp import Example
     from offramp.adapter.shipped import example_picture
@@ -278,6 +283,7 @@ def test_a_shipped_model_is_loaded_with_it(ort: str) -> None:
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 def test_the_photo_models_tower_is_exported(ort: str, tmp_path: Path) -> None:
     import photo
     from offramp_photo.build import assembled
@@ -300,6 +306,7 @@ def _network() -> Any:
     return EfficientNetLite0().eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_llama_cpps_prompts_are_of_it(ort: str) -> None:
     """What enters llama.cpp is what the engine saw, as far as PyTorch's tower goes to rounding."""

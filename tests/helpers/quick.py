@@ -18,21 +18,10 @@ LONG = (
     "test_home_made",
     "test_proven_by_kind",
     "test_read_again",
-    "test_sharded_models",
-    "test_storage_crash",
     "test_text_only",
-    # Whatever is damaged by a seed, or in every place: in other files.
-    "test_a_config_crafted_to_harm_loads_or_is_refused",
-    "test_a_damaged_adapter_is_said",
-    "test_a_damaged_export_is_said_by_vllms_plug_in",
-    "test_an_entry_of_any_kind_is_refused_or_written_again",
-    "test_damaged_attempts_are_said",
-    "test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise",
-    "test_two_thousand_mutations_load_equal_or_are_refused",
-    "test_what_a_strangers_json_holds_is_shown_and_not_obeyed",
 )
-"""Files, and tests, that take longer than all others together: they start Java, every command or
-processes, or go through a table. A quick run has them where their file is named."""
+"""Files that take longer than all others together, since they start Java or go through a table.
+A quick run has them, as tests marked slow, where their file is named."""
 CASES = 3
 """Of one law, at most, in a quick run."""
 
@@ -85,12 +74,12 @@ def spread(cases: list[Any]) -> list[Any]:
 
 
 def keeps(item: Any) -> bool:
-    """Whether a test belongs to a quick run: none of another family, and none of `LONG` whose file
-    is not named."""
+    """Whether a test belongs to a quick run: none of another family, and none that is slow or of
+    `LONG` unless its file is named."""
     from families import KINDS
 
     path = Path(item.path)
-    long = path.stem in LONG or item.name.partition("[")[0] in LONG
+    long = path.stem in LONG or item.get_closest_marker("slow")
     if long and not any(path.name in word for word in item.config.args):
         return False
     given = getattr(item, "callspec", None)

@@ -145,6 +145,7 @@ def test_output_is_greedy_where_a_lens_drafts_by_its_states(name, backbone, batc
         assert drafted(made) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 def test_sampled_output_has_the_full_models_distribution(name, backbone, exits, batch):
     """Chi-square of the second and third token against the full model's own samples."""

@@ -152,6 +152,7 @@ def test_a_guarantee_of_each_kind_of_prompt_holds_of_each() -> None:
     assert passed["each"] / trials <= allowed(STATED, trials)
 
 
+@pytest.mark.slow
 def test_a_guarantee_holds_where_answers_are_unequally_many() -> None:
     """Images with 1 or 40 answers: 0.24% of an image's are wrong, and 1.64% of all."""
     draw, trials = np.random.default_rng(4), 200
@@ -207,6 +208,7 @@ def test_a_file_as_it_is_passes_as_often_as_was_told_and_is_broken_no_more(kind:
     assert passed[0.05] <= allowed(level, trials)
 
 
+@pytest.mark.slow
 def test_a_choice_among_many_shares_the_errors() -> None:
     one, many = Guarantee(), Guarantee(candidates=10)
     assert 1 - many.level(1) == pytest.approx((1 - one.level(1)) / 10)

@@ -337,6 +337,7 @@ def snapshot(tree: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", EVERY)
 def test_every_mistake_is_two_lines(
     command: str,

@@ -186,6 +186,7 @@ def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path
         assert lossless.text == model.answer(PROMPT, mode="full", max_new_tokens=NEW).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_seed_gives_the_sample_that_it_gives_in_pytorch(mode: str, model: EdgeModel) -> None:
     """By `generate`, by a batch engine, and without PyTorch."""
@@ -342,6 +343,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRANGE)
 def test_a_stranger_s_template_ends_and_its_file_still_answers(
     kind: str, model: EdgeModel, monkeypatch: pytest.MonkeyPatch
@@ -358,6 +360,7 @@ def test_a_stranger_s_template_ends_and_its_file_still_answers(
     assert model.vocabulary.chat(chat) == "u:a;a:"
 
 
+@pytest.mark.slow
 def test_a_template_that_ends_for_some_messages_alone_answers_these(
     model: EdgeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_its_wheel_holds_the_package_and_asks_for_no_pytorch(tmp_path: Path) -> 
     assert not [name for name in names if "__pycache__" in name]
 
 
+@pytest.mark.slow
 def test_a_wheel_brings_its_c_compiled(tmp_path: Path) -> None:
     """To a machine without a compiler, for every processor that the kernels are for."""
     hooks = [

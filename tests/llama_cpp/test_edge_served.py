@@ -474,6 +474,7 @@ print(code, sorted({"torch", "transformers", "huggingface_hub"} & set(sys.module
 """
 
 
+@pytest.mark.slow
 def test_the_command_serves_several_until_sigterm_and_loads_no_torch(folder: Path) -> None:
     """Answers at once are those that are given alone; one under way at the end comes whole."""
     words = ["serve", str(folder), "--port", "0", "--context", "900", "--slots", "4", "--json"]

@@ -92,6 +92,7 @@ def calls_of(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_in_any_company_are_those_written_alone(
     seed: int, model: EdgeModel, folder: Path

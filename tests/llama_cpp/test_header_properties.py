@@ -46,6 +46,7 @@ def written(path: Path, said: dict[str, Any], shapes: dict[str, list[int]]) -> b
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @FEW
 @given(st.dictionaries(NAMES, VALUES, max_size=6), st.dictionaries(NAMES, SHAPES, max_size=5))
 def test_what_was_written_is_read(

@@ -285,6 +285,7 @@ def test_a_video_is_refused(tmp_path: Path) -> None:
     refused(lambda: tower(patches, grid_thw=grid), InputError, "video")
 
 
+@pytest.mark.slow
 def test_commands_write_it_and_see_by_it(
     run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,6 +102,7 @@ def test_what_an_image_loses_again_is_one_bet_with_what_it_lost_before() -> None
     assert not risk.add(1.0, "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
 def test_a_promise_by_answer_is_not_called_broken_for_images_that_are_asked_about_often(
     share: float, monkeypatch: pytest.MonkeyPatch

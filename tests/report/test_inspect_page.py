@@ -16,7 +16,10 @@ from offramp.cli.command_line import run
 from offramp.core.models.backbone import Backbone
 from offramp.data.scenes import world
 
-pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser() is None, reason="no Chromium on this machine"),
+]
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 MODELS = ("blip2-opt", "blip2-t5", "blip2-llama", "smolvlm")
 

@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from families import EOS, FIRST_WORD, NAMES, VOCABULARY, one_row
 
@@ -217,6 +218,7 @@ def judged(one: Drawn, made: Callable[[], tuple[GenerationOutput, Near]], told: 
     return "tied"
 
 
+@pytest.mark.slow
 def test_a_request_gets_what_it_gets_alone_in_engines_that_are_drawn(
     backbone: Any, exits: Any, batch: Any
 ) -> None:

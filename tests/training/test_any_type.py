@@ -35,6 +35,7 @@ def trained(name, out):
     return train(whole, processor, fakes.examples(8), CONFIG, out), processor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral3", "udop", "vision-encoder-decoder"])
 def test_exits_are_trained_saved_loaded_and_decode(name, tmp_path):
     adapter, processor = trained(name, tmp_path)

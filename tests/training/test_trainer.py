@@ -58,6 +58,7 @@ def test_an_exit_starts_as_the_next_layer(opt: Any, tmp_path: Path) -> None:
 # -- it learns --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_agreement_rises(opt: Any, tmp_path: Path) -> None:
     config = replace(SHORT, steps=80, evaluate_every=20, batch_size=8, learning_rate=3e-3)
     adapter = trainer(opt, tmp_path, config, n=48).run()
@@ -684,6 +685,7 @@ def test_a_wrong_objective_is_named(wrong: dict[str, Any]) -> None:
 # -- other backbones --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
 def test_a_half_precision_backbone_trains_float32_exits_that_it_can_use(
     name: str, backbone: Build, tmp_path: Path

@@ -23,6 +23,8 @@ from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of
 from offramp.training.optimization import set_learning_rate
 
+pytestmark = pytest.mark.slow
+
 
 def free_port() -> int:
     with socket.socket() as s:

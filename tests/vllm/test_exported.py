@@ -204,6 +204,7 @@ def spoilt(value: Any) -> Iterator[Any]:
             yield [other, *value[1:]]
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_two_lines(exported: Path, tmp_path: Path) -> None:
     whole, cases, refused = exported, 0, 0
     for file in whole.iterdir():

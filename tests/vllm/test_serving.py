@@ -66,6 +66,7 @@ def test_keys_go_to_a_new_file_of_this_user(
     assert other.read_text() == "the system's"
 
 
+@pytest.mark.slow
 def test_vllm_is_started_with_the_adapters_exits_and_drafts_by_them(
     run: RunCommand, started: list[Any]
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_models_own_answer_or_none(kind, door, loaded, batch):
         assert off < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "new"), [(home_made.ScaledFrom24, 40), (home_made.Window, 60)], ids=named
 )

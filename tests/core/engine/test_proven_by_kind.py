@@ -175,6 +175,7 @@ class StateBesideFrom40(LlamaDecoderLayer):
         return super().forward(hidden_states, *args, cache=cache, **kw)
 
 
+@pytest.mark.slow
 def test_what_only_a_long_text_shows_is_found_before_training(batch):
     inputs = batch("llava", 1)
     model = home_made.build(home_made.ByName)

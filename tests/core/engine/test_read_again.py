@@ -125,6 +125,7 @@ def test_the_idioms_are_many() -> None:
     assert len(kinds) + len(home_made.PATCHES) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*home_made.KEEPING, *home_made.TOPS], ids=lambda k: k.__name__)
 def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> None:
     """In company of themselves, and the last at length."""
@@ -143,6 +144,7 @@ def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> No
         assert made and {name for name, ids in made.items() if ids != expected} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*home_made.KEEPING, *home_made.TOPS], ids=lambda k: k.__name__)
 def test_requests_about_two_images_at_once_get_the_models_own_answers(kind: type) -> None:
     """What a request leaves on modules is not the next one's."""

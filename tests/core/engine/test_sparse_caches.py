@@ -72,6 +72,7 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill(1, self.tokens[place : place + 1], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[::-1]], ids=str)
 @pytest.mark.parametrize("mode", ["lossless", "early_exit"])
 @pytest.mark.parametrize("name", MODELS)

@@ -24,6 +24,8 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.models.fingerprint import fingerprint
 
+pytestmark = pytest.mark.slow
+
 HELPERS = Path(__file__).parents[2] / "helpers"
 PAGE = (HELPERS.parents[1] / "docs" / "sharded-models.md").read_text(encoding="utf-8")
 HOW = ("layers-alone", "fsdp2", "tensor-parallel")

@@ -125,6 +125,7 @@ def test_prompts_are_lines_of_a_text_file(prompts: Path, tmp_path: Path) -> None
     refused(examples[0].open_image, DataError, "without an image")
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_an_answer(prompts: Path, tmp_path: Path, run: Any) -> None:
     """inspect, train, calibrate, generate: what each prints, and that exits are taken."""
 
@@ -208,6 +209,7 @@ def test_a_language_model_sees_no_images(tmp_path: Path) -> None:
     refused(lambda: encoder.of_text("w1", [picture]), InputError, "sees no images")
 
 
+@pytest.mark.slow
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_those_that_llama_cpp_has_a_graph_for_run_there(name: str, tmp_path: Path) -> None:

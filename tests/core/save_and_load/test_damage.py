@@ -155,6 +155,7 @@ def assert_two_lines(error: OfframpError) -> None:
     assert len(lines) == 2 and max(map(len, lines)) <= 2000
 
 
+@pytest.mark.slow
 def test_two_thousand_mutations_load_equal_or_are_refused(
     whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:
@@ -234,6 +235,7 @@ def crafted(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_a_config_crafted_to_harm_loads_or_is_refused(
     whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:
@@ -368,6 +370,7 @@ def odd_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> None:
             tensors[name] = tensor.new_full(tensor.shape, 10**9).double() * 1e300
 
 
+@pytest.mark.slow
 def test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise(
     whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:

@@ -247,6 +247,7 @@ def of_adapter(folder: Path) -> Iterator[tuple[str, bytes]]:
     yield from texts((folder / CONFIG).read_bytes())
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_is_said(folder: Path, backbone: Any) -> None:
     cases = [*of_adapter(folder)]
     assert len(cases) > 300
@@ -265,6 +266,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_said_by_vllms_plug_in(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "exits"))
     assert read_exported(folder).depths == (2,)
@@ -286,6 +288,7 @@ def test_a_damaged_export_is_said_by_vllms_plug_in(exported: Path, tmp_path: Pat
         (folder / name).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_attempts_are_said(folder: Path, backbone: Any) -> None:
     config, attempts = plain(folder), json.loads((folder / ATTEMPTS).read_text())
     cases = [(what, json.dumps(made).encode()) for what, made in damaged(attempts, ATTEMPT)]

@@ -163,6 +163,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(part, (*at, name))
 
 
+@pytest.mark.slow
 def test_what_a_strangers_json_holds_is_shown_and_not_obeyed(
     folder: Path, run: RunCommand, tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ THINGS: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.slow
 def test_an_entry_of_any_kind_is_refused_or_written_again(
     folder: Path, backbone: Any, tmp_path: Path
 ) -> None:

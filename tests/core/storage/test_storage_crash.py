@@ -42,6 +42,7 @@ for generation in range(1, 10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_folder_of_one_kind(tmp_path: Path) -> None:
     """Killed at any moment, of ten: all files are the old ones, or all are the new ones."""
     target = tmp_path / "exits"

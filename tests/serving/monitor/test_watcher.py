@@ -77,6 +77,7 @@ def watcher_of(engine: BatchEngine, config: WatchConfig = ALL, **more: Any) -> W
     return Watcher(engine, engine.processor, promise, config, **more)
 
 
+@pytest.mark.slow
 def test_a_stream_that_turns_to_damaged_images_is_noticed(engine: BatchEngine) -> None:
     watcher = watcher_of(engine)
     try:

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 from hostile import BODIES, CONVERSATIONS, FIELDS, GOOD, TEXTS, URI, URLS, WHOLE, image, sent
 
 from offramp.serving.server.app import create_app
@@ -182,6 +183,7 @@ async def fuzz(service: Service, seconds: float, seed: int) -> tuple[int, dict[i
     return number, statuses
 
 
+@pytest.mark.slow
 def test_whatever_is_drawn_is_answered_or_refused() -> None:
     service = service_of(slots=4, queue=40)
     try:

@@ -24,6 +24,7 @@ def service() -> Iterator[Service]:
     found.close()
 
 
+@pytest.mark.slow
 def test_every_hostile_request_gets_an_error_object(service: Service) -> None:
     assert len(table()) >= 200
     check_hostile(service)

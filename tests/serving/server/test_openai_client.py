@@ -62,6 +62,7 @@ def ask(client: Any, example: Any, **more: Any) -> Any:
 # -- the same answers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_eight_at_once_get_what_generate_gives(streamed: bool, address: str) -> None:
     some = scene_examples()[:8]

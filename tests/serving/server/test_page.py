@@ -42,6 +42,7 @@ def page() -> Iterator[Page]:
         yield found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "dark"), [("phone", True), ("desktop", False)])
 def test_both_answers_appear_coloured_by_depth(
     size: str, dark: bool, page: Page, address: str
@@ -76,6 +77,7 @@ def test_both_answers_appear_coloured_by_depth(
     assert page.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_axe_finds_nothing(size: str, dark: bool, page: Page, address: str) -> None:
@@ -92,6 +94,7 @@ def rgb(text: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", text)]
 
 
+@pytest.mark.slow
 def test_the_keyboard_goes_from_word_to_word(page: Page, address: str) -> None:
     page.show(address + "/", 1280, 900)
     page.until("document.getElementById('prompt').value === 'Caption:'")
@@ -112,6 +115,7 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, address: str) -> None:
     assert page.ask(focused) == 0 and page.ask(stops) == 1
 
 
+@pytest.mark.slow
 def test_reading_the_image_is_counted_for_neither_side(page: Page) -> None:
     """A vision tower that takes a second makes neither side slower: what the first side read would
     have helped the second."""
@@ -134,6 +138,7 @@ def test_reading_the_image_is_counted_for_neither_side(page: Page) -> None:
         slow.remove()
 
 
+@pytest.mark.slow
 def test_the_prompt_is_one_that_the_exits_were_calibrated_with(page: Page, address: str) -> None:
     page.show(address + "/", 1280, 900)
     page.until("document.getElementById('prompt').value === 'Caption:'")
@@ -182,6 +187,7 @@ def test_the_answers_are_the_models(page: Page, address: str) -> None:
     assert shown == encoder.texts(output.new_tokens)[0]
 
 
+@pytest.mark.slow
 def test_what_is_promised_of_an_answer_stays_said_beside_it(page: Page, address: str) -> None:
     """In about five words, and whatever is promised of others says nothing else."""
     page.show(address + "/", 1280, 900)
@@ -218,6 +224,7 @@ def answered(page: Page, address: str, mode: str) -> None:
     page.until("!busy")
 
 
+@pytest.mark.slow
 def test_a_replay_shows_each_word_when_the_server_wrote_it(page: Page, address: str) -> None:
     answered(page, address, "early_exit")
     times = {side: page.ask(f"heard.{side}.timed.seconds") for side in ("early", "full")}
@@ -248,6 +255,7 @@ HOW = "document.getElementById('how').textContent"
 TUNED = "document.querySelector('#tune .text').textContent"
 
 
+@pytest.mark.slow
 def test_the_slider_foretells_depths_and_then_shows_the_servers_answer(
     page: Page, address: str
 ) -> None:
@@ -275,6 +283,7 @@ def test_the_slider_foretells_depths_and_then_shows_the_servers_answer(
         assert ("the full model's words" in page.ask(HOW)) == (text == full)
 
 
+@pytest.mark.slow
 def test_a_slider_of_trust_shows_what_each_level_takes(page: Page) -> None:
     adapter, processor = shipped()
     policy = ExitPolicy(drafts={2: 0.0}, max_draft=8, trust=0.9)

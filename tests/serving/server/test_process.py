@@ -98,6 +98,7 @@ def streamed(url: str, asked: dict[str, Any]) -> tuple[threading.Thread, list[st
     return thread, lines
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end_and_takes_no_new_ones(server: Process) -> None:
     server.wait_until_ready()
     chat = server.url + CHAT

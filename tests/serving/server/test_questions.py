@@ -89,6 +89,7 @@ def test_turns_that_complete_a_text_are_a_question_as_they_are_written(
     assert ask(chat(("user", [PICTURE, forged]))) == OTHER  # a message's marks are text
 
 
+@pytest.mark.slow
 def test_each_kind_of_prompt_is_answered_by_the_thresholds_it_was_calibrated_by() -> None:
     """Questions at a lower threshold than captions; both are promised."""
     adapter, processor = shipped()

@@ -103,6 +103,7 @@ def test_texts_are_timed_as_completions_are(path: str, body: dict[str, Any]) -> 
         service.close()
 
 
+@pytest.mark.slow
 def test_a_million_tokens_do_not_hold_up_the_loop(service: Service) -> None:
     text = "\U0001f600" * 400_000
 

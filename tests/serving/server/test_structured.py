@@ -68,6 +68,7 @@ def ask(client: Any, body: dict[str, Any]) -> list[tuple[str, str]]:
     return list(zip(texts, reasons, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
 def test_an_answer_that_stopped_is_valid(client: Any, mode: str, stream: bool) -> None:
@@ -91,6 +92,7 @@ def test_an_answer_that_was_cut_says_so(client: Any, stream: bool) -> None:
     assert reason == "length" and text.startswith("{") and not text.endswith("}")
 
 
+@pytest.mark.slow
 def test_json_object_is_an_object(client: Any) -> None:
     body = by(SCHEMA, temperature=1, seed=1, max_tokens=220)
     body["response_format"] = {"type": "json_object"}
@@ -234,6 +236,7 @@ def test_a_costly_schema_is_refused_and_costs_the_server_nothing(
     assert service.under_way == 0
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_schema_ends_with_its_client(
     service: Service, children: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
