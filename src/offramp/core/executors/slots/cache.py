@@ -15,6 +15,7 @@ packed: the tokens form one row [1, N], which is all that the linear layers see;
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -268,8 +269,10 @@ class SlotCache:
         own = getattr(source, "self_attention_cache", source)
         _check_entries(own.layers)
         length = max(int(entry.get_seq_length()) for entry in own.layers)
-        kept = None if real is None or bool(real.all()) else real
-        total = length if kept is None else int(kept.sum())
+        # Taken to the host once: a device waits for the length of each mask.
+        kept = None if real is None or bool(real.all()) else real.nonzero()[:, 0]
+        places = [] if kept is None else kept.tolist()
+        total = length if kept is None else len(places)
         self.reserve(total + 1)
         for mine, entry in zip(self.own, own.layers, strict=False):
             if not entry.is_initialized:
@@ -278,9 +281,9 @@ class SlotCache:
             start = end - held  # sliding layers hold the last columns alone
             keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
             if kept is not None:
-                there = kept[start:end]
-                keys, values = keys[:, :, there], values[:, :, there]
-                start = int(kept[:start].sum())
+                first = bisect_left(places, start)
+                there = kept[first : bisect_left(places, end)] - start
+                keys, values, start = keys[:, :, there], values[:, :, there], first
             mine.load(slot, keys, values, start)
         if self.cross:
             self._load_cross(slot, source.cross_attention_cache, row, encoder)
@@ -288,7 +291,8 @@ class SlotCache:
 
     def _load_cross(self, slot: int, source: Any, row: int, real: Tensor | None) -> None:
         made = [entry for entry in source.layers if entry.is_initialized]
-        length = made[0].keys.shape[2] if real is None else int(real.sum())
+        kept = None if real is None else real.nonzero()[:, 0]
+        length = made[0].keys.shape[2] if kept is None else len(kept)
         if length > self.encoder_columns:
             self.encoder_columns = rounded(length)
             for mine in self.cross:
@@ -299,8 +303,8 @@ class SlotCache:
                     mine.lazy_initialization(made[0].keys, made[0].values)
                 continue
             keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
-            if real is not None:
-                keys, values = keys[:, :, real], values[:, :, real]
+            if kept is not None:
+                keys, values = keys[:, :, kept], values[:, :, kept]
             mine.load(slot, keys, values, 0)
         self.encoder_lengths[slot] = length
 

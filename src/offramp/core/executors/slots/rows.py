@@ -59,9 +59,10 @@ class SlotRows:
         if self.offsets is None:
             self.offsets = offset.new_zeros(*offset.shape, self._slots)
         self.offsets[..., held.slot] = offset
-        axes = offset.flatten()[-3:].tolist()
+        every = offset.flatten().tolist()
+        axes = every[-3:]
         self.uneven = self.uneven or len({*axes}) > 1
-        held.offset, held.first = axes[-1], int(offset.flatten()[0])
+        held.offset, held.first = every[-1], every[0]
         self.ahead = max(self.ahead, axes[-1])
         if prompt.waits is not None:
             plain = torch.arange(columns, device=own.device) + offset[..., None]
