@@ -48,13 +48,13 @@ def device() -> torch.device:
 
 
 def perturbed(
-    name: str, where: str, depths: tuple[int, ...], wide: float | None = None
+    name: str, where: str, depths: tuple[int, ...], wide: float | None = None, **kind: str
 ) -> tuple[Backbone, Exits]:
     """A random model on a device, and exits that are no longer copies of its layers."""
-    exits = Exits(Backbone(families.build(name, wide=wide)), depths)
+    exits = Exits(Backbone(families.build(name, wide=wide)), depths, **kind)
     families.perturb(exits)
     backbone = Backbone(families.build(name, wide=wide).to(where))
-    moved = Exits(backbone, depths)
+    moved = Exits(backbone, depths, **kind)
     moved.load_state_dict(exits.state_dict())
     return backbone, moved.requires_grad_(False)
 
@@ -203,6 +203,82 @@ def test_the_server_answers_the_same() -> None:
             assert answer.status_code == 200, answer.text
             said.append(answer.json()["choices"])
     assert said[0] == said[1]
+
+
+# -- how often the host waits ----------------------------------------------------------------------
+
+PROMPT = 9
+"""Waits for a prompt of one row, of which four are in Hugging Face's preparation."""
+WAITING = 1
+"""Waits for a prompt that waits at an exit: whether its positions count up."""
+UNSURE, VERIFYING, OPENING = 1, 1, 2
+"""Waits of a round for the draft that the exit is not confident of, and for the full model; and of
+an answer for its first token, which exit and full model may both be asked for."""
+
+
+def waits_of(adapter: Adapter, inputs: Any, tokens: int, **how: Any) -> tuple[int, Any]:
+    """The waits for an answer, and the answer."""
+    how = {"max_new_tokens": tokens, "do_sample": False, **how}
+    adapter.generate(inputs, **how)  # what is kept for later answers
+    with second_device.counted(places=True) as counts:
+        made = adapter.generate(inputs, **how)
+    print(f"{counts.waits} waits, {counts.launches} operators, {counts.uploads} uploads")
+    print(*(f"{count:3} {place}" for place, count in counts.places.most_common()), sep="\n")
+    return counts.waits, made
+
+
+def further(adapter: Adapter, inputs: Any, **how: Any) -> tuple[int, Any]:
+    """The waits for an answer of 20 tokens beyond those for its prompt, and the answer."""
+    # With one token to write nothing is drafted: its waits are the prompt's, and one.
+    before = waits_of(adapter, inputs, 1, **{**how, "mode": "full", "policy": None})[0]
+    waits, made = waits_of(adapter, inputs, 20, **how)
+    return waits - (before - 1), made
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.999])
+@pytest.mark.parametrize("name", ["tiny-opt", "qwen2-vl"])
+def test_early_exit_waits_once_for_an_exit_and_once_for_the_full_model(
+    name: str, threshold: float
+) -> None:
+    _, here, inputs = both(name)
+    policy = ExitPolicy({2: threshold})
+    waits, made = further(here, row_of(name, inputs, 0), policy=policy)
+    asked = sum(1 + (depth == made.layers) for depth in made.depths[0].tolist())
+    assert waits <= asked + WAITING
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "qwen2-vl"])
+def test_lossless_waits_once_for_a_draft_and_once_for_a_round(name: str) -> None:
+    _, here, inputs = both(name)
+    for threshold in (0.05, 0.85):
+        policy = ExitPolicy({2: threshold}, lossless=True)
+        waits, made = further(here, row_of(name, inputs, 0), policy=policy)
+        assert waits <= sum(drafted + UNSURE + VERIFYING for drafted, _ in made.rounds) + OPENING
+
+
+def test_an_exit_that_drafts_on_by_itself_waits_once_a_draft() -> None:
+    inputs = families.KINDS["blip2-opt"].inputs(1)
+    backbone, exits = perturbed("blip2-opt", second_device.NAME, (2,), kind="drafting")
+    adapter = Adapter(backbone, exits, ExitPolicy(drafts={2: 0.0}, max_draft=3))
+    waits, made = further(adapter, inputs, mode="lossless")
+    theirs = families.build("blip2-opt").generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert torch.equal(made.sequences.cpu(), theirs)
+    assert waits <= sum(drafted + UNSURE + VERIFYING for drafted, _ in made.rounds) + OPENING
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_a_batch_wait_together(rows: int) -> None:
+    _, here, inputs = both("tiny-opt")
+    given = inputs if rows > 1 else row_of("tiny-opt", inputs, 0)
+    for how in ({"mode": "full"}, {"policy": ExitPolicy({2: 0.0})}):
+        few, many = (waits_of(here, given, tokens, **how)[0] for tokens in (4, 9))
+        assert many - few == 5
+
+
+def test_a_prompt_waits_no_more_for_each_layer() -> None:
+    _, here, inputs = both("tiny-opt")
+    assert waits_of(here, row_of("tiny-opt", inputs, 0), 1, mode="full")[0] <= PROMPT + 1
+    assert waits_of(here, inputs, 1, mode="full")[0] <= PROMPT + 1 + 10 * len(inputs["input_ids"])
 
 
 # -- training and calibration ----------------------------------------------------------------------

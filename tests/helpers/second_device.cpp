@@ -30,10 +30,10 @@ const c10::Device HERE(KIND, 0);
 // -- counts ---------------------------------------------------------------------------------------
 
 std::atomic<int64_t> launches{0}, waits{0}, uploads{0};
-pybind11::object* heard = nullptr;  // Python's function that hears of each wait, by its operator
+pybind11::object* heard = nullptr;  // Python's function that hears of each wait and upload
 
-void wait_for(const std::string& name) {
-  waits++;
+void note(std::atomic<int64_t>& count, const std::string& name) {
+  count++;
   if (heard != nullptr) {
     pybind11::gil_scoped_acquire held;
     (*heard)(name);
@@ -195,7 +195,7 @@ void by_the_cpu(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack
                 "devices, ", HERE, " and cpu! (when ", name, " was called)");
   }
   launches++;
-  if (WAITING.count(name) || (moved.masks && name == STORE)) wait_for(name);
+  if (WAITING.count(name) || (moved.masks && name == STORE)) note(waits, name);
   op.redispatchBoxed(DispatchKeySet(c10::DispatchKey::CPU), stack);
   for (size_t at = stack->size() - schema.returns().size(); at < stack->size(); at++) {
     IValue& made = (*stack)[at];
@@ -224,14 +224,14 @@ Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarTy
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool later) {
   if (from.device() == HERE && to.device() == HERE) launches++;
-  else if (from.device() != HERE) uploads++;
-  else if (!later) wait_for("aten::_copy_from");
+  else if (from.device() != HERE) note(uploads, "upload");
+  else if (!later) note(waits, "copy");
   on_cpu(to).copy_(on_cpu(from));
   return to;
 }
 
 at::Scalar item(const Tensor& tensor) {
-  wait_for("aten::item");
+  note(waits, "item");
   return at::_local_scalar_dense(on_cpu(tensor));
 }
 

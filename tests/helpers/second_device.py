@@ -96,8 +96,8 @@ def _module() -> ModuleType:
 @dataclass
 class Counts:
     """What the device did. launches: operators. waits: times that the host stood until a result was
-    there. uploads: copies from the host. places: by a wait's operator and lines of code, how often
-    it waited; where these were asked for."""
+    there. uploads: copies from the host, for which CUDA waits too, if less. places: of waits and
+    uploads, by operator and lines of code; where these were asked for."""
 
     launches: int = 0
     waits: int = 0

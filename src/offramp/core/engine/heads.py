@@ -20,7 +20,7 @@ from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.engine.sampler import NothingAllowed
 from offramp.core.executors.bare import head_code, shortlist_head
-from offramp.core.executors.segments import ExitOutput
+from offramp.core.executors.segments import ExitOutput, in_one_copy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.opened import HeadCode
@@ -100,15 +100,16 @@ class ExitHeads:
 
     def scores(self, look: ExitCheck, queries: Sequence[Query | None]) -> Sequence[float]:
         """Return the scores of each token for the thresholds; unread where the query is None."""
-        return look.score.tolist()
+        if self._reads_tokens or look.entry.device.type == "cpu":
+            return look.score.tolist()
+        scores, look.said = in_one_copy(look.score, look.largest)
+        return scores
 
     def _said(self, look: ExitCheck, exiting: dict[int, Query]) -> dict[int, int | Exception]:
         """What the exit says in each row whose token exits, or the error of the row's own rules."""
         if not exiting:
             return {}
-        places, shortlist = look.own_logits.argmax(-1), look.scorer.shortlist
-        tokens: list[int] = (places if shortlist is None else shortlist[places]).tolist()
-        chosen: dict[int, int | Exception] = {row: tokens[row] for row in exiting}
+        chosen: dict[int, int | Exception] = {row: int(look.said[row]) for row in exiting}
         for row, query in exiting.items():
             if not query.sampler.plain:
                 try:
@@ -206,6 +207,17 @@ class ExitCheck:
         if self.made is not None:
             return self.made
         return self.scorer.backbone.logits(self.features, self.scorer.head, code=self.scorer.code)
+
+    @property
+    def largest(self) -> Tensor:
+        """The id [B] of the largest of `own_logits`."""
+        places, ids = self.own_logits.argmax(-1), self.scorer.shortlist
+        return places if ids is None else ids[places]
+
+    @cached_property
+    def said(self) -> list[float]:
+        """The ids `largest` on the host."""
+        return self.largest.tolist()
 
     @cached_property
     def logits(self) -> Tensor:

@@ -21,7 +21,14 @@ from offramp.core.executors.bare import stack_runs
 from offramp.core.executors.kv_cache import cache_name, crop, croppable, self_attention, stand_in
 from offramp.core.executors.prefill import Prefill
 from offramp.core.executors.prompt import Prompt
-from offramp.core.executors.segments import ExitOutput, Output, SegmentRunner, joined, picked
+from offramp.core.executors.segments import (
+    ExitOutput,
+    Output,
+    SegmentRunner,
+    in_one_copy,
+    joined,
+    picked,
+)
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.opened import LayerCall
@@ -202,9 +209,9 @@ class StackExecutor(SegmentRunner):
             while goes_on:
                 given = torch.tensor([token], device=self.backbone.device)
                 state = self._drafted(row, drafter.inputs(given, state)[None], given[None])
-                said, share = drafter.tokens(state)
+                [said], [share] = in_one_copy(*drafter.tokens(state))
                 token = int(said)
-                goes_on = drafts.add(token, float(share))
+                goes_on = drafts.add(token, share)
         finally:
             self._undo(row, row.tokens - begin)
         return drafts

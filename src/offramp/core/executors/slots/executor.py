@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.executors.prompt import Prompt
-from offramp.core.executors.segments import ExitOutput, Output, joined, picked
+from offramp.core.executors.segments import ExitOutput, Output, in_one_copy, joined, picked
 from offramp.core.executors.slots.cache import Call, OneSlot, flat, packed
 from offramp.core.executors.slots.rows import PendingStates, SlotRow, SlotRows
 from offramp.core.executors.slots.running import SlotRunner
@@ -152,8 +152,9 @@ class SlotExecutor(SlotRunner):
         total = sum(span.end - span.first for span in spans)
         if len(asked) == total:
             return output
-        if len(asked) == 1:
-            return picked(output, slice(asked[0], asked[0] + 1))
+        first, end = (asked[0], asked[-1] + 1) if asked else (0, 0)
+        if end - first == len(asked):  # an index would have to be taken to the device
+            return picked(output, slice(first, end))
         return picked(output, torch.tensor(asked, dtype=torch.long, device=self._device))
 
     def _read(self, row: SlotRow, segment: int) -> None:
@@ -192,9 +193,9 @@ class SlotExecutor(SlotRunner):
         going, step, rows = set(places), 0, [handles[place] for place in places]
         states, said = torch.stack(begin), [0] * len(places)
         if any(ids[place] is None for place in places):  # a prompt that waits: its state says more
-            tokens, shares = self._drafter.tokens(states)
-            said = tokens.tolist()
-            for place, token, share in zip(places, said, shares.tolist(), strict=True):
+            largest, shares = in_one_copy(*self._drafter.tokens(states))
+            said = [*map(int, largest)]
+            for place, token, share in zip(places, said, shares, strict=True):
                 if ids[place] is None and not drafts[place].add(token, share):
                     going.remove(place)
         newest = (ids[place] for place in places)
@@ -202,9 +203,9 @@ class SlotExecutor(SlotRunner):
         while going:
             ahead = [min(columns[place] + step, last) for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
-            (tokens, shares), step = self._drafter.tokens(states), step + 1
-            for place, token, share in zip(places, tokens.tolist(), shares.tolist(), strict=True):
-                if place in going and not drafts[place].add(token, share):
+            (tokens, drafted), step = self._drafter.tokens(states), step + 1
+            for place, token, share in zip(places, *in_one_copy(tokens, drafted), strict=True):
+                if place in going and not drafts[place].add(int(token), share):
                     going.remove(place)
         return drafts
 
