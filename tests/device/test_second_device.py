@@ -23,7 +23,7 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import load_tiny, tiny_exits
 from offramp.calibration.calibrate import calibrate
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.models.backbone import Backbone
+from offramp.core.models.backbone import Backbone, DecodeOptions
 from offramp.core.models.exits import Exits
 from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
@@ -173,6 +173,35 @@ def test_samples_without_a_seed_go_on_from_pytorchs_generator() -> None:
     assert torch.equal(made[0].sequences, made[1].sequences)
 
 
+def test_rules_of_the_caller_hold() -> None:
+    cpu, here, inputs = both("tiny-opt")
+    tokenizer = load_tiny("opt", device="cpu")[1].tokenizer
+    for rules in (
+        {"repetition_penalty": 1.3, "min_new_tokens": 4},
+        {"stop_strings": ["the", "."], "tokenizer": tokenizer},
+    ):
+        assert same(
+            here.generate(inputs, **rules, **GREEDY), cpu.generate(inputs, **rules, **GREEDY)
+        )
+
+
+def test_the_models_own_stack_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, here, inputs = both("tiny-opt")
+    monkeypatch.setattr(here.backbone, "engine", "stack")
+    for mode in MODES:
+        wanted = cpu.generate(inputs, mode=mode, **GREEDY)
+        assert same(here.generate(inputs, mode=mode, **GREEDY), wanted)
+
+
+def test_an_answer_that_the_model_reads_again_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "decoding", DecodeOptions())
+    backbone, exits = perturbed("llava", second_device.NAME, (2, 4))
+    adapter = Adapter(backbone, exits, ExitPolicy({2: 0.05, 4: 0.05}))
+    for mode in MODES:
+        adapter.generate(families.KINDS["llava"].inputs(1), mode=mode, **GREEDY)
+    assert set(backbone.readings.verdicts.values()) == {"slots"}
+
+
 # -- the engine and the server ---------------------------------------------------------------------
 
 
@@ -183,9 +212,9 @@ def test_the_batch_engine_takes_inputs_from_either_side(name: str) -> None:
     with BatchEngine(here, config=EngineConfig(slots=3, limit=64)) as engine:
         asked = [
             (mode, row, engine.submit({k: v.to(side) for k, v in row.items()}, mode=mode, **GREEDY))
-            for side in ("cpu", second_device.NAME)
+            for side, given in (("cpu", rows), (second_device.NAME, rows[:1]))
             for mode in MODES
-            for row in rows
+            for row in given
         ]
         for mode, row, handle in asked:
             assert same(handle.result(60).output, cpu.generate(row, mode=mode, **GREEDY))
@@ -228,10 +257,10 @@ def waits_of(adapter: Adapter, inputs: Any, tokens: int, **how: Any) -> tuple[in
 
 
 def further(adapter: Adapter, inputs: Any, **how: Any) -> tuple[int, Any]:
-    """The waits for an answer of 20 tokens beyond those for its prompt, and the answer."""
+    """The waits for an answer of 12 tokens beyond those for its prompt, and the answer."""
     # With one token to write nothing is drafted: its waits are the prompt's, and one.
     before = waits_of(adapter, inputs, 1, **{**how, "mode": "full", "policy": None})[0]
-    waits, made = waits_of(adapter, inputs, 20, **how)
+    waits, made = waits_of(adapter, inputs, 12, **how)
     return waits - (before - 1), made
 
 
@@ -261,7 +290,7 @@ def test_an_exit_that_drafts_on_by_itself_waits_once_a_draft() -> None:
     backbone, exits = perturbed("blip2-opt", second_device.NAME, (2,), kind="drafting")
     adapter = Adapter(backbone, exits, ExitPolicy(drafts={2: 0.0}, max_draft=3))
     waits, made = further(adapter, inputs, mode="lossless")
-    theirs = families.build("blip2-opt").generate(**inputs, max_new_tokens=20, do_sample=False)
+    theirs = families.build("blip2-opt").generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(made.sequences.cpu(), theirs)
     assert waits <= sum(drafted + UNSURE + VERIFYING for drafted, _ in made.rounds) + OPENING
 

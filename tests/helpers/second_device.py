@@ -52,7 +52,8 @@ def _library() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "one-process", "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another may compile it now
-        if not library.exists():
+        done = folder / "done"  # linked to its end, whoever was killed meanwhile
+        if not done.exists():
             (folder / "lock").unlink(missing_ok=True)  # PyTorch's own, of a run that was killed
             cpp_extension.load(
                 "second_device",
@@ -61,6 +62,7 @@ def _library() -> Any:
                 build_directory=str(folder),
                 is_python_module=False,
             )
+            done.touch()
     spec = spec_from_file_location("second_device", library)
     assert spec is not None and spec.loader is not None
     made = module_from_spec(spec)
