@@ -16,6 +16,7 @@ from offramp_lab.places import RECORDS, ROOT
 
 ELSEWHERE = {
     "talk-card": ROOT / "photo-model" / "offramp_photo" / "chat" / "card.json",
+    "talk-adapter": ROOT / "photo-model" / "offramp_photo" / "chat" / "exits" / "adapter.json",
     "photo-card": ROOT / "photo-model" / "offramp_photo" / "card.json",
     "photo-adapter": ROOT / "photo-model" / "offramp_photo" / "exits" / "adapter.json",
 }
