@@ -257,8 +257,9 @@ class Adapter(AttachedExits, Records):
         """Load exits by name for a given model, in the order of PEFT's arguments; or, by the name
         alone, with the backbone that they were trained for.
 
-        The name is a folder, a hub name, or one that ships: photo or tiny-opt. revision: of the
-        exits. hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
+        The name is a folder, a hub name, or one that ships: photo, photo-chat or tiny-opt.
+        revision: of the exits. hub: token, cache_dir, local_files_only, force_download; see
+        `snapshot_download`.
 
         Raises:
             InputError: the arguments came in the other order, or name no folder.

@@ -154,7 +154,7 @@ def exits_folder(name: str | Path, **hub: Any) -> Path:
         raise AdapterError(
             f"There is no adapter folder {str(name)!r}.",
             f"{close_name(name) or close_shipped(str(name))}Give a folder of `offramp train`, a "
-            "name of the hub as OWNER/NAME, or photo or tiny-opt, which ship.",
+            "name of the hub as OWNER/NAME, or photo, photo-chat or tiny-opt, which ship.",
         )
     from huggingface_hub import snapshot_download
 

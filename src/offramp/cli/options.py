@@ -35,11 +35,11 @@ _SAME: Any = object()
 Engines = Literal["none", "plain", "all"]
 """The engines that a command takes: none, those that write many answers at once in PyTorch, all."""
 NAMED_EXITS = (
-    "folder or hub name of trained exits; or photo or tiny-opt, which ship with theirs, or "
-    "tiny-t5, without"
+    "folder or hub name of trained exits; or photo, photo-chat or tiny-opt, which ship with "
+    "theirs, or tiny-t5, without"
 )
 """What a command that takes exits says of them."""
-BACKBONE = "hub name or folder of the VLM; or photo, or tiny-opt or tiny-t5, which ship"
+BACKBONE = "hub name or folder of the VLM; or photo, photo-chat, tiny-opt or tiny-t5, which ship"
 
 
 def add_command(
