@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import families
 import torch
 from torch import Tensor
 
 from offramp.common.jsonl_log import JsonlLog
+from offramp.core.models.backbone import Backbone
 from offramp.training.checkpoint import HISTORY
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
@@ -43,6 +45,23 @@ def trainer(
 ) -> Trainer:
     processor = fakes.Blip2FakeProcessor(name or "blip2-opt")
     return Trainer(one, processor, fakes.examples(n), config, out)
+
+
+def learnt_beside_the_device(out: Path) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Losses of each step and the exits' weights, of a run on the CPU and of one on the second
+    device; in a process of its own, since autograd counts devices at a process's first gradient."""
+    import second_device
+
+    second_device.device()
+    torch.set_num_threads(1)
+    made = []
+    for where in ("cpu", second_device.NAME):
+        torch.manual_seed(0)
+        backbone = Backbone(families.build("blip2-opt").to(where))
+        run = trainer(backbone, out / where, replace(SHARED, adversarial=0.5)).run()
+        exits = run.exits.modules.state_dict()
+        made.append((steps(out / where), {name: t.cpu().numpy() for name, t in exits.items()}))
+    return made
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
