@@ -27,7 +27,7 @@ LAB_TESTS := lab/tests tests/examples
 test: $(READY)  ## the tests of what is installed, without a network; not the slow ones
 	$(PYTEST) tests --ignore=tests/examples -m "not slow"
 
-test-slow: $(READY)  ## those that are marked slow: over 1.5 s of CPU each
+test-slow: $(READY)  ## those that are marked slow: over a second of CPU each
 	$(PYTEST) tests --ignore=tests/examples -m slow
 
 quick: $(READY)  ## the laws of three families and the tests that mirror what changed: two minutes on one core

@@ -73,6 +73,7 @@ def test_images_encoded_again_or_resized_are_one_image(tmp_path: Path) -> None:
     assert [image.cluster for image in images].count(cluster) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", lookalikes.KINDS)
 def test_charts_pages_and_forms_are_as_many_images_as_there_are(kind: str) -> None:
     some = [

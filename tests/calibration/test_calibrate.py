@@ -111,6 +111,7 @@ def lost(risk: str, policy: ExitPolicy, some: Sequence[Example | Item], *depths:
 # -- what is guaranteed -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("risk", "prefill"),
     [
@@ -132,6 +133,7 @@ def test_every_point_of_the_path_has_the_risk_of_answers_written_again(
     assert any(point.risk != 0 for point in path)
 
 
+@pytest.mark.slow
 def test_a_risk_that_needs_right_answers_says_what_is_watched_in_its_place() -> None:
     assert found(4).watched is None
     result = found(4, risk="rouge_l_drop")
@@ -183,6 +185,7 @@ def test_what_was_measured_is_told_by_kind_of_prompt_and_may_be_promised_of_each
     assert promise is not None and ("for each kind of prompt" in promise.claim) == each
 
 
+@pytest.mark.slow
 def test_any_question_is_guaranteed_where_enough_answers_were_calibrated_to_call_one_unlike() -> (
     None
 ):
@@ -196,6 +199,7 @@ def test_any_question_is_guaranteed_where_enough_answers_were_calibrated_to_call
         assert calibration.conditions.get("any_prompt") == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [False, True])
 def test_each_kind_of_prompt_goes_as_far_as_its_own_losses_let_it(trust: bool) -> None:
     """As it would alone; and what all kinds passed is the policy of prompts of no kind."""
@@ -682,6 +686,7 @@ def spare(result: Calibration) -> float:
     return max(0.0, result.target - upper_bound(nothing, result.level, "sharp"))
 
 
+@pytest.mark.slow
 def test_a_searched_threshold_of_first_tokens_is_the_lowest_at_which_these_lose_little() -> None:
     lax, strict = (found(4, first="auto", target=target) for target in (0.9, 0.25))
     (loose,), (tight,) = (r.attempts[-1].outcome["first"].values() for r in (lax, strict))
@@ -727,6 +732,7 @@ def test_first_tokens_that_never_exit_have_no_threshold(monkeypatch: pytest.Monk
         found(4, first="auto")
 
 
+@pytest.mark.slow
 def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -737,6 +743,7 @@ def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(
     assert not found(4).policy.exit_in_prefill
 
 
+@pytest.mark.slow
 def test_a_calibration_is_rows_of_a_data_frame() -> None:
     made = found(2, 5)
     rows = made.rows()

@@ -34,6 +34,7 @@ def path(kind: str) -> TrustPath:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_at_a_level_are_those_of_answers_written_at_it(kind: str) -> None:
     tried, before = path(kind), np.zeros(40)

@@ -111,6 +111,7 @@ def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     assert exiting.scores_apart is not None and exiting.scores_apart < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_through_its_own_stack_is_held_to_the_same(
     backbone: Any, exits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def wrong_beyond_40(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotExecutor, "feed", feed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage, found, sound",
     [
@@ -210,6 +212,7 @@ def test_of_two_answers_each_longer_than_the_other_every_token_more_differs() ->
 # -- other numbers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -> None:
     paths = verified("blip2-opt", backbone, exits, torch.bfloat16)
     assert broken(paths) == set() and not any(path.promised for path in paths)

@@ -91,6 +91,7 @@ def test_ways_are_answered_in_turn() -> None:
     assert all(way.times > 0 for way in told.ways)
 
 
+@pytest.mark.slow
 def test_the_full_models_answers_are_generated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many ways are tested: a large model's take hours."""
     asked: list[tuple[bool, int]] = []

@@ -112,6 +112,7 @@ def test_drafts_that_do_not_pay_are_not_stored(
     assert (adapter / "adapter.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_inspecting_a_backbone_proposes_depths_it_has(run: RunCommand) -> None:
     code, out, _ = run("inspect", "tiny-t5", "--json")
     assert json.loads(out)["decoding"]["lossless"] == "exact"
@@ -224,6 +225,7 @@ def test_an_adapter_is_changed_by_one_command_at_a_time(
     assert not (adapter / "attempts.json").exists()
 
 
+@pytest.mark.slow
 def test_official_questions_with_a_blank_among_ten_answers_are_calibrated_on(
     run: RunCommand, adapter: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +280,7 @@ def test_exits_that_are_trained_again_share_the_errors_of_those_before(
         assert found["level"] == pytest.approx(Guarantee(0.9).level(number, handed))
 
 
+@pytest.mark.slow
 def test_calibrate_takes_a_choice_and_a_unit(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
@@ -324,6 +327,7 @@ def test_generate_says_whether_its_answer_is_guaranteed(
     assert "up to 150 tokens where up to 48" in said(longest=150)
 
 
+@pytest.mark.slow
 def test_calibrate_tells_how_many_answers_would_be_needed(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:

@@ -214,6 +214,7 @@ def test_no_remedy_writes_it_by_hand_and_pages_install_from_the_checkout() -> No
     assert not [file for file in files if by_hand.search(file.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.slow
 def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,11 +39,13 @@ def copies(image: Image.Image) -> Iterator[Image.Image]:
     yield encoded(image.resize((width * 7 // 10, height * 7 // 10)), "jpeg", quality=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", lookalikes.KINDS)
 def test_images_that_look_alike_are_no_copies(kind: str) -> None:
     assert near_copies(examples(lookalikes.images(kind, 40))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*lookalikes.KINDS, "scenes"])
 def test_copies_are_found_among_images_that_look_alike(kind: str) -> None:
     if kind == "scenes":

@@ -273,6 +273,7 @@ def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, own_cache
     assert all(way.why or way.answer > 0 for way in ways)
 
 
+@pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_files_that_were_cut_off_are_written_again(own_cache: Path) -> None:
     """Nobody asked for them by name, so nobody is told to export them."""

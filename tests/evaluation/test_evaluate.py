@@ -268,6 +268,7 @@ def test_a_policy_by_which_every_layer_runs_is_warned_of(
     assert ("no token exits early" in caplog.text) == warned
 
 
+@pytest.mark.slow
 def test_lossless_answers_are_the_full_models(tmp_path: Path) -> None:
     result = run(tmp_path, model=adapter_of(OPT, 0.0, lossless=True))
     assert result["compared"]["agreement"]["value"] == 1

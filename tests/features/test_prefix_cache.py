@@ -131,6 +131,7 @@ def test_a_prompt_waits_at_its_exit_the_first_time_and_is_kept_the_second(
     assert ran == [(0, read, 0), (0, read, read), (read - 1, 1, 0), (read, 3, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [False, True])
 def test_of_a_prompt_that_waits_behind_a_known_one_no_keys_are_kept(engine, backbone, exits, batch):
     """Layers above the exit have keys of what was known, and none of what waits."""

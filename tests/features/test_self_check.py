@@ -88,6 +88,7 @@ def test_layers_that_read_the_tokens_again_get_those_that_wait():
     assert found.holds(found.exits) and found.holds(found.lossless), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.known("mistral_large4", "qwen4_exp"))
 def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
     whole, found = checked(name)
@@ -118,6 +119,7 @@ def test_a_router_with_noise_is_refused_in_every_precision(dtype):
             assert check_decoding(whole, inputs, depths=(2, 4)).exact != noisy
 
 
+@pytest.mark.slow
 def test_what_held_is_taken_over(batch):
     whole = Backbone(families.build("gemma3"))
     adopt_findings(whole, check_decoding(whole, batch("gemma3", 1)))

@@ -163,6 +163,7 @@ def test_an_export_is_kept_and_a_damaged_one_made_again(
     assert len(exports) == 2
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_kept_is_made_each_time(
     ort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_one_that_cannot_be_kept_is_made_each_time(
     assert exported("llava", ort)[0].vision_engine == ort
 
 
+@pytest.mark.slow
 def test_what_is_not_the_towers_own_stays_in_pytorch(
     engine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -174,6 +174,7 @@ def test_a_guarantee_holds_where_answers_are_unequally_many() -> None:
     assert passed["answer"] / trials <= allowed(STATED, trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TESTS)
 def test_a_guarantee_holds_where_images_of_one_kind_look_alike(method: str) -> None:
     """As few as may be merged, and the risk is theirs; counted once, they would be forgotten."""
@@ -230,6 +231,7 @@ def test_a_guarantee_holds_where_the_list_grows_until_it_passes(whole: bool) -> 
     assert passed / trials <= allowed(STATED, trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TESTS)
 def test_a_guarantee_holds_where_ten_settings_are_tried_on_the_same_images(method: str) -> None:
     """Each setting loses on other images, the hardest case; the first that passes is taken."""

@@ -60,6 +60,7 @@ def test_cider_by_the_corpus_s_own_frequencies_is_the_corpus_s(name: str) -> Non
     assert scores == pytest.approx(case["per_item"]["CIDEr"], abs=1e-12)
 
 
+@pytest.mark.slow
 @java
 def test_captions_equal_the_published_cases_with_java() -> None:
     for name, case in golden("caption").items():

@@ -169,6 +169,7 @@ def test_a_calibration_option_that_cannot_be_used_is_refused(
     assert_two_lines(found, words)
 
 
+@pytest.mark.slow
 def test_calibrating_on_training_pictures_is_refused(
     run: RunCommand, trained: Path, photos: Path
 ) -> None:

@@ -315,6 +315,7 @@ def laid_out(name: str, dtype: torch.dtype, word: str = "") -> tuple[Any, Any]:
     return whole.with_decoding(exact_batches=EXACT_BATCHES), some
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "word"),
     [

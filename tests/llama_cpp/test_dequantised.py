@@ -100,6 +100,7 @@ def test_exits_learn_from_them_and_are_of_the_backbone(tmp_path: Path) -> None:
     assert any(not torch.equal(was[name], now[name]) for name in was)
 
 
+@pytest.mark.slow
 def test_exits_of_another_learn_on_before_they_draft(tmp_path: Path) -> None:
     """From a format's answers their layers learn too, once, and the guarantee is not of these."""
     backbone = Backbone(families.build("blip2-opt"), name="tiny")

@@ -97,6 +97,7 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_drafts_go_on_as_far_as_pytorchs(
     compiled: bool, loaded: Callable[..., LlamaCppRuntime]

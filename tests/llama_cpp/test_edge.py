@@ -501,6 +501,7 @@ def test_the_command_answers_in_the_policys_own_mode(tmp_path: Path, run: Any) -
     assert own == full != early
 
 
+@pytest.mark.slow
 def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:
     ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
     stock = text_adapter().generate({"input_ids": ids}, policy=FULL, max_new_tokens=6)

@@ -40,6 +40,7 @@ def test_its_dependencies_are_the_whole_ones_and_the_extras_without_pytorch() ->
     assert edge["requires-python"] == whole["requires-python"]
 
 
+@pytest.mark.slow
 def test_its_wheel_holds_the_package_and_asks_for_no_pytorch(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="it builds wheels")
     pytest.importorskip("hatch_vcs", reason="it tells their version")

@@ -418,6 +418,7 @@ def test_a_strangers_file_starts_no_program(
         assert "known formats" in said(pictures.post(CHAT, json=looking(data)), 400)
 
 
+@pytest.mark.slow
 def test_every_hostile_request_gets_an_error_object(sees: Service) -> None:
     check_hostile(sees, may_answer=True)
 

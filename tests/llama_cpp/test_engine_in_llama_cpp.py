@@ -53,6 +53,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], tupl
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2-vl", "gemma3"])
 def test_requests_in_any_company_get_what_they_get_alone(name: str, made: Any) -> None:
     adapter, folder = made(name)

@@ -78,6 +78,7 @@ def test_evaluation_refuses_what_a_runtime_cannot_do(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_promise_is_of_the_runtimes_answers() -> None:
     runtime, examples = Recorder(adapter()), fakes.examples(12)
     asked: dict[str, Any] = {"target": 0.9, "confidence": 0.8, "thresholds": (0.9, 0.5, 0.2)}
@@ -135,6 +136,7 @@ def test_a_mistake_on_the_command_line_is_two_lines(
     assert len(said.strip().splitlines()) == 2 and word in said
 
 
+@pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> None:
     from offramp_llama_cpp import EngineOptions, LlamaCppRuntime

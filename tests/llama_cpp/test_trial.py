@@ -38,6 +38,7 @@ def test_a_file_that_ends_llama_cpps_process_is_refused(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["edge", "tower"])
 @pytest.mark.parametrize("damage", ["v.patch_embd.weight", "mm.2.bias", "layer_norm_epsilon"])
 def test_a_projector_that_would_end_the_process_is_refused(
@@ -73,6 +74,7 @@ def test_the_child_imports_nothing_of_the_working_folder(
     assert [*(own_cache / "trials").iterdir()]
 
 
+@pytest.mark.slow
 def test_files_are_tried_out_once(
     exported: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

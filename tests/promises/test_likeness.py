@@ -40,6 +40,7 @@ def test_of_requests_like_the_calibrated_ones_at_most_one_in_a_hundred_is_called
     assert np.mean(called) <= 0.006 and np.quantile(called, 0.9) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [200, 1000])
 def test_streams_like_the_calibrated_answers_raise_no_alarm(n: int) -> None:
     """All requests of a stream share one set of calibrated answers, and its luck."""
@@ -97,6 +98,7 @@ def test_of_scores_and_looks_at_most_one_in_a_hundred_is_called_unlike() -> None
     assert np.mean(called) <= 0.007 and np.quantile(called, 0.9) <= 0.015
 
 
+@pytest.mark.slow
 def test_an_image_of_another_world_is_called_unlike_however_sure_its_answer_is() -> None:
     scenes = [example.open_image() for example in tasks.captions("test", 420, 5).examples]
     looks = np.array([look_of(image) for image in scenes])

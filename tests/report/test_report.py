@@ -406,6 +406,7 @@ def test_a_result_of_another_form_is_named(kind: str) -> None:
         report([Source(kind, "some", value)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [

@@ -89,6 +89,7 @@ def test_a_place_drafts_the_same_whatever_the_others_do(name, backbone):
         )
 
 
+@pytest.mark.slow
 def test_only_the_inputs_of_drafts_learn(opt, tmp_path):
     config = training_runs.SHORT
     first = train(opt, processor("blip2-opt"), fakes.examples(12), config, tmp_path / "first")

@@ -304,6 +304,7 @@ def test_no_picture_is_both_trained_on_and_validated_on(opt: Any, tmp_path: Path
 # -- again and again --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     opt: Any, tmp_path: Path
 ) -> None:
@@ -352,6 +353,7 @@ def uninterrupted(opt: Any, out: Path, config: TrainConfig) -> tuple[Trainer, li
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("when", "step", "changes"),
@@ -532,6 +534,7 @@ def test_a_damaged_checkpoint_is_an_error_that_says_so(opt: Any, tmp_path: Path)
 # -- failures ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_step_and_examples_and_damages_nothing(
     opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

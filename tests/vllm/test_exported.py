@@ -351,6 +351,7 @@ def test_a_configuration_gets_layers_of_the_kinds_that_exits_copy() -> None:
     assert MoreLayers(4, (2,))(Gemma3TextConfig(num_hidden_layers=3)).num_hidden_layers == 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, said, err = run(

@@ -406,6 +406,7 @@ def cache_layers():
     return [o for o in gc.get_objects() if type(o).__name__ == "DynamicLayer"]
 
 
+@pytest.mark.slow
 def test_a_generation_lets_go_of_its_cache_without_the_garbage_collector(backbone, exits, batch):
     name = "llava"
     whole, given = backbone(name), exits(name)
@@ -447,6 +448,7 @@ def test_what_is_longer_than_the_positions_is_refused(mode, backbone, exits, bat
         generate(whole, {**inputs, **longer}, max_new_tokens=1, **run)
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_at_the_last_position_is_drafted_no_further(backbone, exits, batch):
     """Nobody said how long it may be; a draft behind the last position would have none."""
     whole, inputs = backbone("blip2-opt"), batch("blip2-opt", 1)

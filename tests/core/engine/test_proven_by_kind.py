@@ -36,6 +36,7 @@ def answered(backbone, exits, inputs):
     return generate(backbone, inputs, exits=exits, policy=policy, max_new_tokens=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_an_image_after_a_text_gets_what_an_image_gets_alone(name):
     model = zoo.build(name)

@@ -90,6 +90,7 @@ IDIOMS = [*home_made.STACKS, *home_made.LAYERS, *home_made.HEADS]
 IDIOMS = [kind for kind in IDIOMS if kind not in UNLIKE_ITSELF]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", IDIOMS, ids=lambda kind: kind.__name__)
 def test_no_door_answers_a_home_made_model_wrongly(kind: type) -> None:
     """A second time too, where an answer was refuted and what was noted of it is followed."""

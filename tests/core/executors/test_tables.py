@@ -84,6 +84,7 @@ def test_rows_that_end_and_padding_are_the_stacks(name, backbone, batch, both):
     same(*both(whole, inputs, eos_token_id=end, pad_token_id=families.PAD))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "paligemma2", "qwen2.5-vl"])
 def test_tables_and_slots_grow_with_the_answer(name, backbone, exits, batch, both, monkeypatch):
     """With rollback and catch-up across the ends of what there was room for."""

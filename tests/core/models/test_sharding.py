@@ -39,6 +39,7 @@ def on_disk(tmp_path):
     return dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path / "offload")
 
 
+@pytest.mark.slow
 def test_decoding_with_layers_on_disk_is_the_models_own(on_disk, batch):
     whole = Backbone(on_disk)
     found = check_decoding(whole, batch("llava", 1), depths=(2, 4))

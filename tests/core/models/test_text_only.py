@@ -92,6 +92,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_is_exact_in_every_mode(name: str) -> None:
     """By the check at load: exits, a first token that leaves early, drafts taken back."""

@@ -66,6 +66,7 @@ def quantized(name, word):
     return Backbone(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "word"), [("llava", "int8"), ("llava", "int4"), ("blip2-t5", "int4")]
 )

@@ -135,6 +135,7 @@ def test_each_kind_of_prompt_may_lose_what_was_promised_of_it(engine: BatchEngin
             watcher.close()
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_path: Path) -> None:
     watcher = watcher_of(engine, replace(ALL, keep=tmp_path / "kept"))
     try:
@@ -320,6 +321,7 @@ def scored(token: int, score: float) -> GenerationOutput:
     return replace(output(token), scores=torch.full((1, 1), score))
 
 
+@pytest.mark.slow
 def test_of_each_block_one_image_is_compared_more_likely_one_that_exits_doubted() -> None:
     """And what is seen is, on average, what all of them lose."""
     engine, risks = _BusyEngine(0), list[float]()
@@ -571,6 +573,7 @@ def words_lost(early: Answer, full: Answer, references: Sequence[str]) -> float:
     return float(full.text in references) - float(early.text in references)
 
 
+@pytest.mark.slow
 def test_right_answers_of_people_break_a_promise_about_right_answers(tmp_path: Path) -> None:
     """Of answers that were compared alone, once each; and over a restart."""
     config = replace(ALL, state=tmp_path / "watch.json")

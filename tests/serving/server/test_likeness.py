@@ -77,6 +77,7 @@ def test_of_several_answers_the_one_least_like_counts() -> None:
     assert told["says"] == NONE and told["p_value"] == 0.001 and not told["promised"]
 
 
+@pytest.mark.slow
 def test_the_watch_counts_requests_unlike_the_calibrated_ones_beside_the_others() -> None:
     """What was never promised breaks no promise."""
     watch = {"watch": WatchConfig(share=1.0), "loss": lambda early, full: 1.0}

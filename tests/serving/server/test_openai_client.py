@@ -437,6 +437,7 @@ def test_who_goes_away_frees_the_slot(
     assert service.engine.core.tokens < 10_000
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_back() -> None:
     service = service_of(slots=1, queue=1)
     with running(service) as address:

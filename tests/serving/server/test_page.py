@@ -151,6 +151,7 @@ def test_the_prompt_is_one_that_the_exits_were_calibrated_with(page: Page, addre
         assert page.ask(f"usual({{guarantee: {{prompts: {frames}}}}})") == prompt
 
 
+@pytest.mark.slow
 def test_both_sides_are_written_at_once_and_losslessly_unless_asked_otherwise(
     page: Page, address: str
 ) -> None:
@@ -170,6 +171,7 @@ def test_both_sides_are_written_at_once_and_losslessly_unless_asked_otherwise(
     assert early and early == full
 
 
+@pytest.mark.slow
 def test_the_answers_are_the_models(page: Page, address: str) -> None:
     from serving import data_uri
 

@@ -213,6 +213,7 @@ MODES = ("full", "early_exit", "lossless")
 OTHERS = ({}, {"temperature": 1e-4, "repetition_penalty": 0.01}, {"temperature": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", EXTREMES)
 def test_extremes_that_are_allowed_are_answered(field: str, service: Service) -> None:
     """Each in every mode, and beside others."""

@@ -126,6 +126,7 @@ def test_a_place_is_free_when_the_engine_is_done(server: Server) -> None:
         assert found.status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [0, 200])
 def test_a_stream_that_is_not_taken_is_given_up(server: Server, read: int) -> None:
     """With the answers that it still asks for. read: bytes a tenth of a second."""
@@ -248,6 +249,7 @@ def test_a_connection_beyond_the_bound_takes_the_place_of_one_that_asks_nothing(
                 line.close()
 
 
+@pytest.mark.slow
 def test_who_is_being_answered_is_not_closed_for_others() -> None:
     with served(slots=4, connections=3) as (service, address):
         service.engine.core.clock = lambda: time.sleep(0.002) or time.perf_counter()  # type: ignore

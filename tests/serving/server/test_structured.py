@@ -221,6 +221,7 @@ def eventually(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costly", [MEETING, KEYS, {"multipleOf": 9973, "allOf": [MEETING]}])
 def test_a_costly_schema_is_refused_and_costs_the_server_nothing(
     costly: Any, service: Service, children: list[Any]
