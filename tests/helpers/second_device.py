@@ -33,7 +33,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def missing() -> str | None:
-    """Return what this machine lacks to compile the device; None: nothing."""
+    """The tool that this machine lacks to compile the device, or None."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return "there is no C++ compiler"
     if not cpp_extension.is_ninja_available():

@@ -9,14 +9,11 @@ are answers whose tokens are those of `offramp.generate`; where tokens leave ear
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +24,14 @@ from typing import Any
 from PIL import Image
 
 import offramp
+from offramp.features.input_processor import turn_of
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.serving import image_part, until_ready
 from offramp_lab.records.subjects import halves, text_of
 
 RECORD = Record("vllm-chat", "vllm/benchmarks/record_chat.py")
-NAME, THRESHOLD, MINUTES = "photo-chat", 0.9, 10
+NAME, THRESHOLD = "photo-chat", 0.9
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 QUESTIONS = "What is the person or animal doing?", "Where is that?"
 MODES: dict[str, dict[str, Any]] = {
@@ -97,22 +96,14 @@ def own(pictures: Sequence[Image.Image]) -> tuple[list[Turns], dict[str, list[An
         of_mode.clear()
     for picture in bar("offramp")(pictures):
         first = shown(QUESTIONS[0])
-        answered = {"type": "text", "text": text_of(encoder, asks(first, picture))}
-        again = {"type": "text", "text": QUESTIONS[1]}
-        asks(
-            [
-                *first,
-                {"role": "assistant", "content": [answered]},
-                {"role": "user", "content": [again]},
-            ],
-            picture,
-        )
+        answered = turn_of("assistant", text_of(encoder, asks(first, picture)))
+        asks([*first, answered, turn_of("user", QUESTIONS[1])], picture)
         asks(shown("Caption:"), picture)
     return turns, said
 
 
 def shown(text: str) -> Turns:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return [turn_of("user", text, sees=True)]
 
 
 @contextmanager
@@ -126,13 +117,7 @@ def server(python: Path) -> Iterator[str]:
     process = subprocess.Popen([*words, "--port", str(port)], env=env)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(60 * MINUTES):
-            assert process.poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
+        until_ready(process, f"{url}/health")
         yield url
     finally:
         process.terminate()
@@ -140,10 +125,7 @@ def server(python: Path) -> Iterator[str]:
 
 
 def answer(url: str, turns: Turns, picture: Image.Image, settings: Mapping[str, Any]) -> Answer:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    encoded = base64.b64encode(file.getvalue()).decode()
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+    part = image_part(picture)
     messages = [
         {**turn, "content": [part if p["type"] == "image" else p for p in turn["content"]]}
         for turn in turns

@@ -162,10 +162,11 @@ def load(
     name: folder or hub name of an adapter, or photo, photo-chat, tiny-opt or tiny-t5.
     engine: of the decoder, from `offramp.engines` or registered; "auto": the fastest here that
     keeps the answers, measured once (`offramp.engines.auto`).
-    vision: the vision tower's engine: "torch", "onnxruntime",
-    "openvino", "openvino-bf16", "onnxruntime-int8", or one that the decoder's engine brings;
-    "auto": found together with the engine, else PyTorch. quantize: "int8" or "int4": weights of the
-    layers in PyTorch. gguf: folder of files for an engine that reads some. context: tokens of a
+    vision: the vision tower's engine: "torch", "onnxruntime", "openvino", "openvino-bf16",
+    "onnxruntime-int8", or one that the decoder's engine brings; "auto": found together with the
+    engine, else PyTorch.
+    quantize: "int8" or "int4": weights of the layers in PyTorch.
+    gguf: folder of files for an engine that reads some. context: tokens of a
     prompt and its answer, in an engine with caches of its own. threads: of such an engine; None: as
     many as PyTorch has. sequences: answers at the same time; None: the engine's default. answers:
     expected number; None: many; 0: the model is only exported. keep_decoder: whether PyTorch keeps

@@ -128,19 +128,24 @@ class Server:
         self.started = 0.0
 
     def __enter__(self) -> Server:
-        while not self.started:
-            if self.process.poll() is not None:
-                raise SystemExit("The server did not start.")
-            try:
-                httpx.get(f"{self.url}/ready", timeout=1).raise_for_status()
-                self.started = time.perf_counter() - self._begun
-            except httpx.HTTPError:
-                time.sleep(0.05)
+        until_ready(self.process, f"{self.url}/ready")
+        self.started = time.perf_counter() - self._begun
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait()
+
+
+def until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+    """Wait until a server answers at this address. Raise `SystemExit` if its process ends."""
+    while process.poll() is None:
+        try:
+            httpx.get(address, timeout=1).raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.05)
+    raise SystemExit("The server did not start.")
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:

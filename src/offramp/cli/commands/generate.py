@@ -285,7 +285,8 @@ def _take_question(arguments: argparse.Namespace) -> None:
         if not isinstance(last, Path) or last.exists() or last.suffix.lower() in SUFFIXES:
             return
         if " " in (text := str(last)) or text.endswith("?"):
-            arguments.prompt = str(arguments.image.pop())
+            arguments.image.pop()
+            arguments.prompt = text
 
 
 def _questions(arguments: argparse.Namespace, asked: str) -> Iterator[tuple[Any, str]]:
