@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.runtime import Runtime
+from offramp.adapter.runtime import Asked, Runtime
 from offramp.common.jsonl_log import JsonlLog
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
@@ -77,6 +77,8 @@ def generate_answers(
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.
     """
+    if isinstance(model, Asked):
+        return model.answers(examples, policy, progress=progress, **options)
     batches = prompted(encoder, examples, batch_size, options.get("max_new_tokens"), progress)
     return answers_to(model, encoder, batches, policy, confidence=confidence, **options)
 

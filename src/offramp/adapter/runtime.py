@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
@@ -25,4 +25,24 @@ class Runtime(Protocol):
         self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
     ) -> GenerationOutput:
         """Generate as `Adapter.generate` does."""
+        ...
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """An engine that reads images itself, such as a server's: it is asked by examples.
+
+    name, rows: as of `Runtime`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    def answers(
+        self, examples: Sequence[Any], policy: ExitPolicy | None, **options: Any
+    ) -> list[Any]:
+        """Return an `Answer` to each `Example`; arguments as of `generate_answers`."""
         ...

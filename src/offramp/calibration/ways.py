@@ -7,6 +7,7 @@ Lossless answers lose nothing, so they are chosen where they are faster than all
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
-from offramp.adapter.runtime import Runtime
+from offramp.adapter.runtime import Asked, Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.calibrate import COARSE, calibrate, with_attempts
 from offramp.calibration.risk_functions import RISKS, Judged
@@ -74,7 +75,9 @@ def fastest(
     )
     options = {name: value for name, value in how.items() if name not in _KNOWN}
     judged = [*map(Judged.of, examples)]
-    if seconds is None:
+    if seconds is None and isinstance(runtime, Asked):
+        seconds = partial(_waited, runtime, judged[:TIMED], options)
+    elif seconds is None:
         seconds = partial(_seconds, runtime or adapter, encoder, judged[:TIMED], options)
     found = test(adapter=adapter, policy=policy, thresholds=thresholds, first=first)
     lossless = _lossless(adapter, found.policy)
@@ -247,6 +250,24 @@ def _seconds(
             del ways[name]
     runs = in_turn(ways, prompts, rounds=1)
     return {name: [whole for whole, _, _ in rounds[0]] for name, rounds in runs.items()}
+
+
+def _waited(
+    server: Asked,
+    examples: Sequence[Example],
+    options: Mapping[str, Any],
+    policies: Mapping[str, ExitPolicy],
+) -> dict[str, list[float]]:
+    """Seconds that a server takes for each answer, one after the other. Whether it drafts was
+    decided as it started, so lossless decoding is left out."""
+    early = {name: policy for name, policy in policies.items() if not policy.lossless}
+    took: dict[str, list[float]] = {name: [] for name in ("full", *early)}
+    for example in (examples[0], *examples):  # the first warms up
+        for name, policy in {"full": FULL, **early}.items():
+            begin = time.perf_counter()
+            server.answers([example], policy, **options)
+            took[name].append(time.perf_counter() - begin)
+    return {name: seconds[1:] for name, seconds in took.items()}
 
 
 def compared(ways: Sequence[Way]) -> str:

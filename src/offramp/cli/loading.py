@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,29 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     return {name: value for name, value in found.items() if value not in (None, False)}
 
 
-def check_engine(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for a mistake in the engine's options, before the model loads."""
+@contextmanager
+def answering(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """The adapter that the command names, as a `Loaded`, and what answers in its place: a runtime,
+    a server of the engine's own that ends with this context, or None."""
+    from offramp.engines import engine_named
+
+    asks = None if arguments.engine == AUTO else engine_named(arguments.engine).asks
+    if asks is None:
+        opened = loaded(arguments, keep_decoder=True)
+        yield opened, opened.runtime
+        return
+    opened = loaded(arguments, engine=TORCH)
+    with asks(opened, arguments) as server:
+        yield opened, server
+
+
+def check_engine(arguments: argparse.Namespace, *, asks: bool = False) -> None:
+    """Raise `InputError` for a mistake in the engine's options, before the model loads. asks: as of
+    `offramp.engines.check_asked`."""
     from offramp.engines import check_asked
 
     vision = getattr(arguments, "vision", TORCH)
-    check_asked(arguments.engine, arguments.gguf, arguments.quantize, vision)
+    check_asked(arguments.engine, arguments.gguf, arguments.quantize, vision, asks=asks)
     if arguments.gguf is not None and not arguments.gguf.is_dir():
         raise InputError(
             f"There is no folder {str(arguments.gguf)!r} of files for llama.cpp.",

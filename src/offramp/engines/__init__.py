@@ -8,11 +8,13 @@ context: tokens of a prompt and its answer. threads: of the decoder. sequences: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from offramp.adapter.runtime import Asked
 from offramp.core.errors import InputError
 from offramp.core.plugins import brought, check_registered
 
@@ -37,7 +39,8 @@ class DecoderEngine:
     a format. towers: vision engines that it brings: by name, a function of adapter, folder and
     threads that returns an adapter with that tower. said_here: returns a line about this machine,
     for `offramp env`. serves: becomes a server of its own for `offramp serve`, by the command's
-    options, and answers nowhere else.
+    options, and answers nowhere else. asks: opens such a server for an adapter, as `offramp.load`
+    returns it, and the options of `offramp calibrate`: a context in which an `Asked` answers.
     """
 
     home: str | Callable[..., Any]
@@ -52,6 +55,7 @@ class DecoderEngine:
     formats: tuple[str, ...] = ()
     as_in_file: Callable[[Any, str], Any] | None = None
     serves: Callable[[Any], None] | None = None
+    asks: Callable[[Any, Any], AbstractContextManager[Asked]] | None = None
 
     @property
     def ships(self) -> bool:
@@ -107,10 +111,13 @@ def engine_named(name: str) -> DecoderEngine:
     return ENGINES[name]
 
 
-def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str = TORCH) -> None:
-    """Raise `InputError` where an engine and its options do not fit, before a model loads."""
+def check_asked(
+    engine: str, gguf: Any, quantize: str | None = None, vision: str = TORCH, *, asks: bool = False
+) -> None:
+    """Raise `InputError` where an engine and its options do not fit, before a model loads. asks:
+    whether an engine that only serves may be asked."""
     named = LLAMA_CPP if engine == AUTO and gguf is not None else engine
-    if named != AUTO and engine_named(named).serves:
+    if named != AUTO and engine_named(named).serves and not (asks and engine_named(named).asks):
         raise InputError(
             f"{named} answers in a server alone.",
             f"Start one: offramp serve NAME --engine {named}.",

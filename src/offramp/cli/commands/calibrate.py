@@ -11,9 +11,9 @@ from typing import Any
 from offramp.cli.drafts import EXAMPLES, find_drafts
 from offramp.cli.loading import (
     adapter_folder,
+    answering,
     check_engine,
     check_name,
-    loaded,
     read_data,
     unseen_items,
 )
@@ -193,7 +193,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         guarantee.images_for(guarantee.target / 2),
         ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
     )
-    check_engine(arguments)
+    check_engine(arguments, asks=True)
     check_name(arguments.adapter, exits=True)
     from offramp.training.checkpoint import held  # which loads PyTorch
 
@@ -203,15 +203,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> None:
-    """Find thresholds as `asked`, store them in `out`, and show them."""
-    from dataclasses import replace
-
-    from offramp.calibration.ledger import note_attempts, with_ledger
-    from offramp.calibration.profiler import measure_costs
-    from offramp.calibration.replay import can_replay
+    """Read the data, and find thresholds by the model that answers."""
     from offramp.calibration.risk_functions import RISKS
-    from offramp.calibration.ways import by_trust, fastest
-    from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
 
     labelled = RISKS[arguments.risk].quality is not None
@@ -219,15 +212,39 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     others = None
     if arguments.frequencies is not None:
         others = read_examples(arguments.frequencies, require_answers=True)
-    opened = loaded(arguments, keep_decoder=True)
-    adapter, encoder, runtime = opened.adapter, opened.encoder, opened.runtime
+    with answering(arguments) as (opened, runtime):
+        _find_by(opened, runtime, items, others, arguments, asked, out)
+
+
+def _find_by(
+    opened: Any,
+    runtime: Any,
+    items: Any,
+    others: Any,
+    arguments: argparse.Namespace,
+    asked: dict[str, Any],
+    out: Path,
+) -> None:
+    """Find thresholds as `asked`, store them in `out`, and show them. runtime: what answers in the
+    adapter's place, or None. others: by which words are weighed, or None."""
+    from dataclasses import replace
+
+    from offramp.adapter.runtime import Asked
+    from offramp.calibration.ledger import note_attempts, with_ledger
+    from offramp.calibration.profiler import measure_costs
+    from offramp.calibration.replay import can_replay
+    from offramp.calibration.ways import by_trust, fastest
+    from offramp.common.progress import progress
+
+    adapter, encoder = opened.adapter, opened.encoder
     if arguments.seen == "leave-out":
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
     _say_worth(examples, asked)
     options = {"max_new_tokens": arguments.max_new_tokens}
     policy = None
-    if not (arguments.score or arguments.first_threshold):  # which say nothing to trust
+    plain = arguments.score or arguments.first_threshold or isinstance(runtime, Asked)
+    if not plain:  # these say nothing to trust
         policy = by_trust(adapter, **options)
     if policy is None:
         score = arguments.score or adapter.policy.score
@@ -272,7 +289,8 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
         say_next(f"offramp calibrate {arguments.adapter}{how} --lossless")
         return
     how = asked_again(arguments, *LOADED)
-    say_next(f"offramp generate {out}{one_again(arguments)}", f"offramp serve {out}{how}")
+    answer = [f"offramp generate {out}{one_again(arguments)}"] * (not isinstance(runtime, Asked))
+    say_next(*answer, f"offramp serve {out}{how}")
 
 
 def _say_worth(examples: Any, asked: dict[str, Any]) -> None:

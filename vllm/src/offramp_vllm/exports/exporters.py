@@ -68,15 +68,30 @@ def checkpoint_of(backbone: Backbone) -> str:
 
 
 def template_options(opened: Any, exits: Path) -> dict[str, str]:
-    """Write a file beside the exits with the chat template that a model got when it was opened, and
-    return vLLM's options for it; none where vLLM finds the model's own."""
+    """Write a file beside the exits with the chat template that a model got when it was opened, or
+    a plain one, and return vLLM's options for it; none where vLLM finds the model's own."""
     template = getattr(opened.processor, "chat_template", None)
-    if not ships(opened.adapter.backbone) or not template:
+    if template and not ships(opened.adapter.backbone):
         return {}
+    template = template or _plain(opened.encoder.tokenizer)
     file = exits.with_name(f"{exits.name}.jinja")
     write_atomic(file, template.encode())
     # The template puts images in their places; by itself vLLM would, inside of the first turn.
     return {"chat-template": str(file), "chat-template-content-format": "openai"}
+
+
+def _plain(tokenizer: Any) -> str:
+    """A template of one message, whose text is the prompt behind the tokenizer's start tokens; vLLM
+    would take one of its own where the model has none."""
+    whole, bare = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
+    start = tokenizer.decode(whole[: whole.index(bare[0])])
+    return (
+        "{%- if messages | length > 1 -%}"
+        "{{ raise_exception('This model answers one message.') }}{%- endif -%}"
+        f"{{{{ {start!r} }}}}"
+        "{%- for part in messages[0].content if part.type == 'text' -%}"
+        "{{ part.text }}{%- endfor -%}"
+    )
 
 
 def _serving(backbone: Backbone, options: Mapping[str, str]) -> str:

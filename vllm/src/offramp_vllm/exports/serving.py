@@ -1,4 +1,4 @@
-"""The engine "vllm", which serves and does nothing else: `offramp serve NAME --engine vllm`.
+"""The engine "vllm", which serves: `offramp serve NAME --engine vllm`.
 
 The exits are written beside the answers that vLLM is checked by, once for each adapter, and vLLM
 takes this process's place. vLLM pins an older transformers, so it is mostly installed in another
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +54,48 @@ def serve(arguments: argparse.Namespace) -> None:
             "Exits in vLLM draft or answer early, and --mode full wants neither.",
             "Leave it out: requests that say offramp_mode full are answered so.",
         )
-    python, config = _python(), server_config(arguments)
+    python, config = python_with_vllm(), server_config(arguments)
     opened = loaded(arguments, name=arguments.name, engine="torch")
-    model = _checkpoint(opened.adapter.backbone)
-    if opened.adapter.backbone.name in PHOTOS.values():
-        _check(python, [PHOTO_CLASS])
+    model = checked_model(opened, python)
     exits = _exported(opened, exits_folder(arguments.name), arguments.mode)
     settings = _settings(arguments, config, opened, exits) | {"model": model}
-    # Keys would be seen in the list of processes, so vLLM reads all from a file of this user's.
-    file = exits.with_name(f"{exits.name}-{arguments.port}.yaml")
-    file.unlink(missing_ok=True)  # which others may read, or a link
-    file.touch(0o600, exist_ok=False)
-    write_json(file, settings, follow=False)
+    command, environment = server_of(
+        python, settings, exits.with_name(f"{exits.name}-{arguments.port}.yaml")
+    )
     url = f"http://{arguments.host}:{settings['port']}/v1"
     if arguments.json:
         print_json({"model": config.name, "url": url})
     mode = "lossless" if "speculative-config" in settings else arguments.mode
     tell(f"vLLM starts, and will serve {config.name} in mode {mode}: {url} (OpenAI's API)")
     sys.stdout.flush()
-    environment = {"VLLM_CPU_KVCACHE_SPACE": GIBIBYTES, **os.environ}
-    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--config", str(file)]
     os.execve(python, command, environment)
 
 
-def _python() -> str:
+def server_of(
+    python: str, settings: dict[str, Any], file: Path
+) -> tuple[list[str], dict[str, str]]:
+    """The command of a server by these settings, and its environment. Keys would be seen in the
+    list of processes, so vLLM reads all from a file of this user's."""
+    file.unlink(missing_ok=True)  # which others may read, or a link
+    file.touch(0o600, exist_ok=False)
+    write_json(file, settings, follow=False)
+    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--config", str(file)]
+    return command, {"VLLM_CPU_KVCACHE_SPACE": GIBIBYTES, **os.environ}
+
+
+def checked_model(opened: Any, python: str) -> str:
+    """The folder or hub name of the weights of an opened adapter's backbone.
+
+    Raises:
+        InputError: vLLM has no class for it, or lacks the package with that class.
+    """
+    model = _checkpoint(opened.adapter.backbone)
+    if opened.adapter.backbone.name in PHOTOS.values():
+        _check(python, [PHOTO_CLASS])
+    return model
+
+
+def python_with_vllm() -> str:
     """The Python of vLLM's environment: this one, or the one that the variable names."""
     found = [importlib.util.find_spec(name) for name in MODULES]
     here = all(one is not None and one.origin for one in found)  # a folder of that name is none
@@ -144,20 +163,27 @@ def _exported(opened: Any, source: Path, mode: str | None) -> Path:
     return place
 
 
+def model_settings(opened: Any, limit: int) -> dict[str, Any]:
+    """vLLM's options of a model. limit: of tokens in a prompt with its answer."""
+    backbone = opened.adapter.backbone
+    most = getattr(backbone.text_config, "max_position_embeddings", limit)
+    return {
+        "max-model-len": min(limit, most),
+        "dtype": str(backbone.dtype).removeprefix("torch."),  # else float32 is served in halves
+    }
+
+
 def _settings(
     arguments: argparse.Namespace, config: Any, opened: Any, exits: Path
 ) -> dict[str, Any]:
     """vLLM's options, by their names."""
-    backbone = opened.adapter.backbone
-    most = getattr(backbone.text_config, "max_position_embeddings", arguments.limit)
     watch = arguments.watch.get("share")
     ours = {"exits": str(exits)} | ({} if watch is None else {"watch": watch})
-    settings: dict[str, Any] = {
+    settings = {
+        **model_settings(opened, arguments.limit),
         "host": arguments.host,
         "port": arguments.port,
         "served-model-name": config.name,
-        "max-model-len": min(arguments.limit, most),
-        "dtype": str(backbone.dtype).removeprefix("torch."),  # else float32 is served in halves
         "additional-config": json.dumps({"offramp": ours}),
     }
     if arguments.slots is not None:
@@ -173,6 +199,17 @@ def _settings(
     return settings
 
 
+def asks(opened: Any, arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """A server that calibration asks; see `offramp_vllm.exports.asking`."""
+    from offramp_vllm.exports import asking
+
+    return asking.asks(opened, arguments)
+
+
 register_engine(
-    "vllm", lambda model, **sizes: model, "a server of vLLM's, where it is installed", serves=serve
+    "vllm",
+    lambda model, **sizes: model,
+    "a server of vLLM's, where it is installed",
+    serves=serve,
+    asks=asks,
 )

@@ -1,0 +1,85 @@
+"""`offramp calibrate NAME --engine vllm`; a server that answers by offramp stands in its place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCommand
+
+from offramp.data.scenes import world
+from offramp_vllm import tell
+from offramp_vllm.exports import serving
+
+STAND_IN = Path(__file__).parents[1] / "helpers" / "vllm_stand_in.py"
+HERE = {"engine": "vllm", "dtype": "float32", "quantized": "", "device": "cpu"}
+
+
+def calibrated(run: RunCommand, tmp_path: Path, engine: str, *more: Any) -> tuple[int, Any, str]:
+    pictures, out = tmp_path / "held_out", tmp_path / engine
+    pictures.mkdir(exist_ok=True)
+    for index in range(16):
+        world.render(world.scene("calibration", index)).save(pictures / f"{index}.png")
+    code, said, err = run(
+        *("calibrate", "tiny-opt", "--engine", engine, "--data", pictures, "--prompt", "Caption:"),
+        *("--target", 0.4, "--max-new-tokens", 8, "--out", out, "--json", *more),
+    )
+    return code, json.loads(said) if code == 0 else said, err
+
+
+def python_at(path: Path, program: str) -> Path:
+    """A Python of an environment with vLLM, in which the server is another program."""
+    path.write_text(
+        '#!/bin/sh\nfor word; do case "$word" in *find_spec*) exit 0;; esac; done\n' + program
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+def test_a_server_is_calibrated_as_its_answers_are(
+    run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
+    monkeypatch.setenv(serving.PYTHON, str(python))
+    levels = ("--thresholds", 0.9, 0.5)
+    code, served, err = calibrated(run, tmp_path, "vllm", *levels)
+    assert code == 0, err
+    _, own, _ = calibrated(run, tmp_path, "torch", *levels, "--score", "max_probability")
+    for name in ("measured", "n", "answers"):  # the bound is a second attempt's
+        assert served[name] == own[name], name
+    assert "offramp serve" in err and "offramp generate" not in err
+    assert served["policy"]["thresholds"] == own["policy"]["thresholds"] != {}
+    adapter = json.loads((tmp_path / "vllm" / "adapter.json").read_text())
+    [stands] = tell.guarantees([adapter["calibration"]], adapter["policy"], HERE)
+    assert stands.reason == ""
+    [elsewhere] = tell.guarantees([own], adapter["policy"], HERE)
+    assert "engine" in elsewhere.reason
+
+
+def test_a_server_that_does_not_start_says_why(
+    run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = python_at(tmp_path / "python", "echo no memory >&2; exit 1\n")
+    monkeypatch.setenv(serving.PYTHON, str(python))
+    code, _, err = calibrated(run, tmp_path, "vllm")
+    assert code == 2
+    assert "vLLM did not start: no memory" in err
+
+
+@pytest.mark.parametrize("option", [("--first-threshold", 0.5), ("--score", "entropy")])
+def test_what_a_server_does_not_tell_is_not_calibrated(
+    option: tuple[Any, ...], run: RunCommand, tmp_path: Path
+) -> None:
+    code, _, err = calibrated(run, tmp_path, "vllm", *option)
+    assert code == 2
+    assert "one threshold of max_probability" in err
+
+
+def test_other_commands_do_not_ask_a_server(run: RunCommand) -> None:
+    code, _, err = run("generate", "tiny-opt", "--engine", "vllm")
+    assert code == 2
+    assert "offramp serve NAME --engine vllm" in err
