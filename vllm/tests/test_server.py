@@ -132,6 +132,26 @@ def gauge(text: str, name: str) -> list[tuple[str, float]]:
     return [(reason, float(value)) for reason, value in rows]
 
 
+def test_what_is_calibrated_in_vllm_is_guaranteed_there(made: Any, tmp_path: Path) -> None:
+    folder, out = made("tiny-opt"), tmp_path / "calibrated"
+    offramp = [os.environ["OFFRAMP_PYTHON"], "-m", "offramp"]
+    env = {**os.environ, "OFFRAMP_VLLM_PYTHON": sys.executable, "XDG_CACHE_HOME": str(tmp_path)}
+    asked = f"calibrate tiny-opt --engine vllm --data {folder / 'images'} --prompt Caption:"
+    how = f"--target 0.4 --thresholds 0.9 0.5 --max-new-tokens 16 --out {out}"
+    subprocess.run([*offramp, *asked.split(), *how.split()], check=True, env=env)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = f"serve {out} --engine vllm --mode early_exit --port {port}"
+    process = subprocess.Popen([*offramp, *served.split()], env=env)
+    try:
+        text = metrics(ready(process, port))
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert gauge(text, "guarantee") == [("", 1.0)]
+
+
 def test_a_server_with_other_answers_than_the_stored_ones_runs_at_full_depth(
     made: Any, tmp_path: Path
 ) -> None:
