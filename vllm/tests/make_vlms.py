@@ -45,6 +45,14 @@ TOWER: dict[str, Any] = {
 }
 SQUARE = {**TOWER, "image_size": 28, "patch_size": 14}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
 
 
 def at(word: str) -> int:
@@ -180,25 +188,27 @@ def qwen(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
         if name == "Qwen2_5_VL":
             tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
         rope = {**MROPE}
-        if name == "Qwen3VL":
+        newer = name.startswith("Qwen3VL")
+        if newer:
             tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
             rope["mrope_interleaved"] = True
+        experts = MIXTURE if name.endswith("Moe") else {}
         model = _made(
             name,
             vision_config={**tower, "num_heads": 2, "patch_size": 8},
-            text_config={**text, "rope_parameters": rope},
+            text_config={**text, **experts, "rope_parameters": rope},
             **VISION_IDS,
         )
         sides = {"patch_size": 8, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
         looks = transformers.Qwen2VLImageProcessor(**sides)
-        moves = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+        moves = "Qwen3VLVideoProcessor" if newer else "Qwen2VLVideoProcessor"
         words = tokenizer(
             image_token="<|image_pad|>",
             video_token="<|video_pad|>",
             vision_bos_token="<|vision_start|>",
             vision_eos_token="<|vision_end|>",
         )
-        return model, getattr(transformers, f"{name}Processor")(
+        return model, getattr(transformers, f"{name.removesuffix('Moe')}Processor")(
             looks, words, getattr(transformers, moves)(**sides), chat_template="{{ messages }}"
         )
 
@@ -257,6 +267,7 @@ KINDS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[Any, Any]], str, str,
     "qwen2-vl": (qwen("Qwen2VL"), "", SHOWN, 32),
     "qwen2.5-vl": (qwen("Qwen2_5_VL"), "", SHOWN, 32),
     "qwen3-vl": (qwen("Qwen3VL"), "", SHOWN, 32),
+    "qwen3-vl-moe": (qwen("Qwen3VLMoe"), "", SHOWN, 32),
     "internvl": (internvl, "qwen2", "<IMG_CONTEXT>", 32),
     "internvl-qwen3": (internvl, "qwen3", "<IMG_CONTEXT>", 32),
 }

@@ -24,6 +24,7 @@ FAMILIES = (
     "qwen2-vl",
     "qwen2.5-vl",
     "qwen3-vl",
+    "qwen3-vl-moe",
     "internvl",
     "internvl-qwen3",
 )
