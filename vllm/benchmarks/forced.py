@@ -40,7 +40,7 @@ def main(folder: Path, out: Path, exits: str | None) -> None:
                 "exits": exits is not None,
                 "at_once": load,
                 "seconds_a_step": (took[NEW] - took[1]) / (NEW - 1),
-                "depths": sorted(set(getattr(made[0].outputs[0], "offramp_depths", []))),
+                "depths": sorted(set(getattr(made[0].outputs[0], "offramp_depths", [])[1:])),
             }
         )
     out.write_text(json.dumps(found))

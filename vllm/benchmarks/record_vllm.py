@@ -4,9 +4,10 @@
 
 Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
 Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
-`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; and a random model
-of three billion weights, which takes 12 GB. EAGLE-3 is measured too where side_by_side has trained
-its drafter. Parts that are not asked for stay as the record has them.
+`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; a random model
+of three billion weights, which takes 12 GB; and one of nearly none, for the host's share. EAGLE-3
+is measured too where side_by_side has trained its drafter. Parts that are not asked for stay as
+the record has them.
 What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was cut off goes on.
 """
 
@@ -60,6 +61,16 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 EXIT = 8
+TINY: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+"""Computes next to nothing: what a step takes is the host's share."""
 FORMAT = "q8_0"
 FULL = "full depth"
 WAYS = {
@@ -79,10 +90,15 @@ MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
     arguments = asked(
-        __doc__, photo=True, vllm=None, photographs=100, parts=Some(("shape", "prompts", *loads))
+        __doc__,
+        photo=True,
+        vllm=None,
+        photographs=100,
+        parts=Some(("shape", "host", "prompts", *loads)),
     )
     made: dict[str, Callable[[], Any]] = {
-        "shape": partial(shape, arguments),
+        "shape": partial(shape, arguments, "shape", SHAPE, EXIT),
+        "host": partial(shape, arguments, "host", TINY, 1),
         "prompts": partial(prompts, arguments),
         **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
         **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
@@ -90,35 +106,37 @@ def main() -> None:
     RECORD.parts(made, arguments.parts)
 
 
-def shape(arguments: Any) -> dict[str, Any]:
-    """A random model of Qwen2.5-3B's shape in bfloat16, every token of which leaves at an exit;
-    predicted: bytes of weights that a token reads."""
+def shape(arguments: Any, name: str, config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """A random model in bfloat16, every token of which leaves at an exit; predicted: by the bytes
+    of weights that a token reads."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    folder = RUNS / RECORD.name / "shape"
+    folder = RUNS / RECORD.name / name
     if not (folder / "exits").is_dir():
         torch.set_default_dtype(torch.bfloat16)
         with no_init_weights():
-            model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+            model: Any = Qwen2ForCausalLM(Qwen2Config(**config))
         torch.set_default_dtype(torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.uniform_(-0.02, 0.02)
         model.save_pretrained(folder / "model")
         backbone = Backbone.of(model.eval())
-        exits = ExitSet(Exits(backbone, [EXIT]).requires_grad_(False))
-        leaving = ExitPolicy({EXIT: 0.0})
-        export_vllm(Adapter(backbone, exits, leaving), folder / "exits", [])
+        exits = ExitSet(Exits(backbone, [depth]).requires_grad_(False))
+        leaving = ExitPolicy({depth: 0.0})
+        export_vllm(Adapter(backbone, exits, leaving), folder / "exits", [range(5, 95, 7)])
         del model, backbone, exits
     out, ways = folder / "seconds.json", []
     for more in ([], ["exits"]):  # each in a process of its own: two would not fit
         run(arguments.vllm, FORCED, folder, out, *more)
         ways += json.loads(out.read_text())
-    wide, inner, words = (SHAPE[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
-    heads = SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]
+    if any(way["depths"] != [depth] for way in ways if way["exits"]):
+        raise SystemExit("Not every token left at the exit: the check at start switched it off.")
+    wide, inner, words = (config[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = config["num_key_value_heads"] / config["num_attention_heads"]
     layer, head = wide * wide * (2 + 2 * heads) + 3 * wide * inner, wide * words
-    predicted = (SHAPE["num_hidden_layers"] * layer + head) / ((EXIT + 1) * layer + head)
-    return {**SHAPE, "exit": EXIT, "predicted": predicted, "ways": ways}
+    predicted = (config["num_hidden_layers"] * layer + head) / ((depth + 1) * layer + head)
+    return {**config, "exit": depth, "predicted": predicted, "ways": ways}
 
 
 def run(python: Path, script: Path, *words: Any) -> None:
@@ -213,7 +231,6 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["group"])
     by_way = {name: [row for row in rows if row["way"] == name] for name in ways}
-    beside = [row["seconds"] for row in by_way[FULL]]
     made = {row["way"]: row for row in RECORD.read().get(f"vllm {load}", ())}
     for name, found in by_way.items():
         tokens = [one for row in found for one in row["tokens"]]
@@ -221,7 +238,6 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
         made[name] = {
             **way("vLLM", name, [row["seconds"] for row in found], tokens, said, WAYS[name]),
             "exits": exits.get(WAYS[name]),
-            "full_depth": beside,
             "drafter": digest_file(drafter) if name == "EAGLE-3" else None,
             "tokens_a_round": 1 + kept / rounds if rounds else None,
         }

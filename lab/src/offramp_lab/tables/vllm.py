@@ -9,9 +9,11 @@ from offramp_lab.experiments.experiment import Rates, times
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, multiple, record
 
 LOADS = ("1", "8", "24")
-FULL = "vLLM", "full depth"
+FULL = "vLLM", "full depth, compiled"
+"""As vLLM runs by itself."""
 NAMES = {
-    "full depth, compiled": "full depth, by torch.compile",
+    "full depth": "full depth, eagerly",
+    "full depth, compiled": "full depth",
     "early exit": "early exit, as it ships",
     "early exit, eager": "the same, eagerly",
     "early exit, whole head": "the same over the whole vocabulary",
@@ -38,8 +40,8 @@ def milliseconds(way: Value) -> float:
 
 
 def ratio(way: Value, load: str) -> str:
-    """Over vLLM's full depth, where it can be in the same run, with its interval over groups."""
-    full = way.get("full_depth") or measured(load)[FULL]["seconds"]
+    """Over vLLM's full depth, with its interval over groups."""
+    full = measured(load)[FULL]["seconds"]
     return multiple(times(rates(way, load, way["seconds"]), rates(way, load, full)))
 
 
@@ -85,6 +87,13 @@ def forced() -> str:
     return f"{seconds[False] / seconds[True]:.2f}x"
 
 
+def on_a_gpu(card: str, shape: str) -> str:
+    """Calculated: early exit in vLLM over its full depth, a tenth of the tokens deeper."""
+    [entry] = [e for e in record("gpu")["entries"] if (e["card"], e["shape"]) == (card, shape)]
+    took = entry["milliseconds"]
+    return f"{took['vLLM, full depth']['0.1'] / took['vLLM, early exit']['0.1']:.2f}x"
+
+
 def spoken() -> str:
     """Answers of photo-chat over HTTP, in the mode with the fewest that are offramp's own."""
     found = record("vllm-chat")
@@ -93,6 +102,10 @@ def spoken() -> str:
 
 TABLES: dict[str, MakeTable] = {"vllm": loads}
 FIGURES: dict[str, Make] = {
+    "gpu-h100-7b": partial(on_a_gpu, "H100 SXM", "Qwen2.5-7B"),
+    "gpu-h100-3b": partial(on_a_gpu, "H100 SXM", "Qwen2.5-3B"),
+    "gpu-laptop-7b": partial(on_a_gpu, "RTX 4090 Laptop", "Qwen2.5-7B"),
+    "gpu-laptop-3b": partial(on_a_gpu, "RTX 4090 Laptop", "Qwen2.5-3B"),
     "vllm-chat-same": spoken,
     "vllm-forced-1": forced,
     "vllm-lossless": lambda: ratio(measured("1")["vLLM", "lossless"], "1"),
