@@ -333,15 +333,13 @@ INLINE void multiply_group(enum ggml_type type, const uint8_t * w, size_t column
     const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
     // The sums of more than six tokens leave too few registers for the products of all.
     const int some = type == GGML_TYPE_I16 && tokens > 6 ? 4 : tokens;
-    // Of several passes, each fetches its share of the next group; one alone the block after the next, unless
-    // it has so little to multiply that it keeps up with memory.
-    const size_t bytes = packed_bytes(type);
-    const size_t share = passes > 1 ? bytes / LINE / passes + 1 : tokens > 2 ? bytes / LINE : 0;
-    const size_t ahead = passes > 1 ? group_bytes(type, columns) + pass * share * LINE : 2 * bytes;
+    // Of several passes, each fetches its share of the next group; one alone fetches ahead if it multiplies for
+    // longer than it reads. Both fetch to the second cache: the first holds little more than what is multiplied.
+    const size_t bytes = packed_bytes(type), lines = bytes / LINE;
+    const size_t share = passes > 1 ? lines / passes + 1 : 2 * tokens > words(type) ? lines : 0;
+    const size_t ahead = passes > 1 ? group_bytes(type, columns) + pass * share * LINE : 16 * bytes;
     for (size_t k = 0; k < columns; k += BLOCK, w += bytes, blocks += tokens * quantised_bytes(type)) {
-        for (size_t i = 0; i < share; i++)
-            if (passes > 1) _mm_prefetch((const void *) (w + ahead + i * LINE), FETCH);
-            else _mm_prefetch((const void *) (w + ahead + i * LINE), _MM_HINT_T0);
+        for (size_t i = 0; i < share; i++) _mm_prefetch((const void *) (w + ahead + i * LINE), _MM_HINT_T1);
         multiply_block(type, w, blocks, 0, some, sums);
         if (some < tokens) multiply_block(type, w, blocks, some, tokens, sums);
     }

@@ -21,12 +21,10 @@ INLINE float float_of(uint32_t bits) {
 
 // LANES: numbers in a vector. MOST: tokens whose sums fit into the registers, and MOST_BYTES where bytes are
 // multiplied. SHORT_SUMS: whether products of bytes are added in 16 bits, which hold those of bytes with 4 bits.
-// FETCH: where to fetch ahead, while one part of a weight is multiplied with many tokens.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #define INSTRUCTIONS "AVX-512"
 #define MOST 8
-#define FETCH _MM_HINT_T0
 enum { LANES = 16, MOST_BYTES = 8, SHORT_SUMS = false };
 typedef __m512 floats;
 typedef __m512i ints;
@@ -122,7 +120,6 @@ INLINE void round_32_to_16(const float * x, float up, void * q) {
 
 #define INSTRUCTIONS "AVX2"
 #define MOST 6
-#define FETCH _MM_HINT_T1  // the nearest holds little more than the part that is multiplied
 enum { LANES = 8, MOST_BYTES = 4, SHORT_SUMS = true };
 typedef __m256 floats;
 typedef __m256i ints;
