@@ -414,3 +414,18 @@ void offramp_norm(const float * x, size_t width, float epsilon, float * out) { n
 
 // Attention outside of llama.cpp.
 void offramp_attention(const struct attention * a) { attend(a, 0, a->heads); }
+
+// Products of bytes in registers alone, so many times: as many as a processor manages. Returns how many bytes
+// were multiplied.
+size_t offramp_peak(size_t times) {
+    enum { SUMS = 12 };
+    ints sums[SUMS], x = all_ints(0x01010101);
+    UNROLL for (int i = 0; i < SUMS; i++) sums[i] = all_ints(0);
+    for (size_t n = 0; n < times; n++)
+        UNROLL for (int i = 0; i < SUMS; i++) {
+            __asm__ volatile("" : "+x"(x));  // a compiler would take the same product but once
+            sums[i] = dot_plus(sums[i], x, x);
+        }
+    UNROLL for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sums[i]));
+    return times * SUMS * VECTOR;
+}

@@ -70,6 +70,11 @@ def instructions() -> str:
     return str(_native().offramp_products_instructions().decode())
 
 
+def peak(times: int) -> int:
+    """Multiply bytes in registers so many times; return how many were multiplied."""
+    return int(_native().offramp_peak(times))
+
+
 @functools.cache
 def _native() -> Any:
     """The compiled kernels; None where there are none that this processor runs."""
@@ -85,5 +90,7 @@ def _native() -> Any:
         native.offramp_products_bytes.restype = ctypes.c_size_t
         native.offramp_products_bytes.argtypes = [ctypes.c_void_p]
         native.offramp_products_free.argtypes = [ctypes.c_void_p]
+        native.offramp_peak.restype = ctypes.c_size_t
+        native.offramp_peak.argtypes = [ctypes.c_size_t]
         return native
     return None
