@@ -21,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
-from offramp.core.models.exits import Exits
+from offramp.core.models.exits import Exits, ExitSet
 from offramp_lab.places import ROOT
 from offramp_lab.records.record import Record
 
@@ -118,8 +118,9 @@ def count() -> Counts:
             num_attention_heads=4,
             num_key_value_heads=2,
         )
-        backbone = Backbone(Qwen2ForCausalLM(config).eval().to(second_device.device()))
-        exits = Exits(backbone, (2,)).requires_grad_(False)
+        model: Any = Qwen2ForCausalLM(config)
+        backbone = Backbone(model.eval().to(second_device.device()))
+        exits = ExitSet(Exits(backbone, (2,)).requires_grad_(False))
         adapter, found = Adapter(backbone, exits, ExitPolicy({2: 0.0})), list[Any]()
         for new in (24, 4, 24):  # the first makes what is kept for later answers
             options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "mode": mode}
