@@ -48,7 +48,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 
 MIXTURE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 48,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "norm_topk_prob": True,
@@ -288,7 +288,7 @@ def build(name: str, text: Mapping[str, Any], folder: Path) -> list[tuple[str, d
     else:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-    if name.startswith("llava"):
+    if name.startswith("llava") or name.endswith("moe"):
         _as_on_the_hub(folder / "model" / "model.safetensors")
     (folder / "images").mkdir(exist_ok=True)
     draw = torch.Generator().manual_seed(3)
@@ -324,15 +324,12 @@ def _save_photo(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _as_on_the_hub(file: Path) -> None:
-    """Give a CLIP tower's tensors the names that published checkpoints have, which vLLM reads."""
+    """Give a CLIP tower's tensors the names, and experts the axes, that published checkpoints have,
+    which vLLM reads."""
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(file)
-    save_file(
-        {
-            re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key): tensor
-            for key, tensor in tensors.items()
-        },
-        file,
-        metadata={"format": "pt"},
-    )
+    found = {}
+    for key, tensor in load_file(file).items():
+        name = re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key)
+        found[name] = tensor.transpose(1, 2).contiguous() if ".experts." in key else tensor
+    save_file(found, file, metadata={"format": "pt"})

@@ -101,7 +101,7 @@ def with_exits(weights: Iterable[tuple[str, Any]], exported: Exported) -> Iterat
         Refused: the checkpoint has no layers that the exits are built like, or several kinds, or
             its weights are not those of the exits' backbone.
     """
-    spellings = [list(spell(exported.tensors())) for spell in (_as_they_are, _apart, _mixtral)]
+    spellings = [list(spell(exported.tensors())) for spell in SPELLINGS]
     inner = {name for exits in spellings for _, name, _ in exits}
     seen: dict[str, _Shapes] = defaultdict(dict)
     samples: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
@@ -111,7 +111,8 @@ def with_exits(weights: Iterable[tuple[str, Any]], exported: Exported) -> Iterat
             if held in inner:
                 seen[prefix][index, held] = tuple(tensor.shape) if held == rest else None
             wanted = exported.sample.get(f"{index}.{rest}")
-            if wanted is not None and tensor.is_floating_point() and tensor.itemsize > 1:
+            is_plain = tensor.is_floating_point() and tensor.itemsize > 1
+            if wanted is not None and is_plain and "experts." not in rest:  # spelled in many ways
                 samples[prefix][f"{index}.{rest}"] = bits_of(tensor, len(wanted))
         yield name, tensor
     fits = [
@@ -182,6 +183,14 @@ def _mixtral(exits: _Exits) -> _Exits:
         yield place, said, tensor
 
 
+def _transposed(exits: _Exits) -> _Exits:
+    """Experts together, with their last two axes swapped, as checkpoints of Qwen3-VL-MoE are."""
+    for place, name, tensor in exits:
+        together = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        yield place, name, tensor.transpose(1, 2).contiguous() if together else tensor
+
+
+SPELLINGS = (_as_they_are, _apart, _mixtral, _transposed)
 ALIKE = 0.9
 """Share of the sampled values that agree, at least: precisions round differently."""
 
