@@ -48,6 +48,7 @@ def test_a_server_is_calibrated_as_its_answers_are(
 ) -> None:
     python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
     monkeypatch.setenv(serving.PYTHON, str(python))
+    caplog.set_level("INFO", "offramp")
     levels = ("--thresholds", 0.9, 0.5)
     code, served, err = calibrated(run, tmp_path, "vllm", *levels)
     assert code == 0, err
