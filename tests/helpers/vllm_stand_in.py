@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,11 +32,14 @@ ENCODER = InputProcessor(BACKBONE, PROCESSOR)
 EXITS = json.loads(SETTINGS["additional-config"])["offramp"]["exits"]
 ADAPTER = Adapter.from_pretrained(BACKBONE, EXITS)
 ONE = threading.Lock()
+OFF = Path(os.environ["OFFRAMP_VLLM_PYTHON"]).with_name("off")
+"""Where it exists, the check at start found other answers."""
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self._say(200, {})
+        on = not OFF.exists()
+        self._tell(200, f'offramp:checked{{reason="{"" if on else "too few"}"}} {int(on)}.0\n')
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -43,10 +47,13 @@ class Handler(BaseHTTPRequestHandler):
             self._say(401, {"error": "no key"})
             return
         with ONE:
-            self._say(200, answer(body))
+            self._say(200, answer(body) if "messages" in body else {})
 
     def _say(self, code: int, said: Any) -> None:
-        told = json.dumps(said).encode()
+        self._tell(code, json.dumps(said))
+
+    def _tell(self, code: int, text: str) -> None:
+        told = text.encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(told)))
         self.end_headers()

@@ -64,6 +64,18 @@ def test_a_server_is_calibrated_as_its_answers_are(
     assert "engine" in elsewhere.reason
 
 
+@pytest.mark.slow
+def test_a_server_whose_exits_are_off_is_not_calibrated(
+    run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
+    monkeypatch.setenv(serving.PYTHON, str(python))
+    (tmp_path / "off").touch()
+    code, _, err = calibrated(run, tmp_path, "vllm")
+    assert code == 1
+    assert "switched the exits off" in err and "too few" in err
+
+
 def test_a_server_that_does_not_start_says_why(
     run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import re
 import secrets
 import socket
 import subprocess
@@ -74,7 +75,9 @@ def asks(opened: Any, arguments: argparse.Namespace) -> Iterator[Served]:
             )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield Served(opened, f"http://127.0.0.1:{port}/v1", key)
+            served = Served(opened, f"http://127.0.0.1:{port}", key)
+            served.check()
+            yield served
         finally:
             process.terminate()
             try:
@@ -120,13 +123,29 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """An opened adapter in vLLM. url: of its API."""
+    """An opened adapter in vLLM. url: of the server."""
 
     opened: Any
     url: str
     key: str
     name: str = "vllm"
     rows: int = AT_ONCE
+
+    def check(self) -> None:
+        """Raise `InputError` where the check at start switched the exits off: every answer would be
+        the full model's, and any threshold would pass."""
+        from offramp_vllm.exports.vllm import PROMPTS
+
+        ids = self.opened.encoder.tokenizer(PROMPTS[0])["input_ids"]
+        self._post("completions", {"model": MODEL, "prompt": ids, "max_tokens": 1})
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
+            told = re.search(r"^offramp:checked\{(.*)\} (.*)$", reply.read().decode(), re.MULTILINE)
+        if told is None or float(told[2]) != 1.0:
+            raise InputError(
+                "vLLM switched the exits off as it started"
+                + (f" ({told[1]})." if told else ", or does not say whether it did."),
+                "Start it by hand and read what it says: offramp serve NAME --engine vllm.",
+            )
 
     def answers(
         self, examples: Sequence[Any], policy: Any, *, max_new_tokens: int, progress: Any = iter
@@ -202,7 +221,9 @@ class Served:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            f"{self.url}/v1/{path}", json.dumps(body).encode(), headers
+        )
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
                 return json.load(reply)
