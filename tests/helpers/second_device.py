@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch.utils import cpp_extension
+from torch.utils.backend_registration import rename_privateuse1_backend
 
 from offramp.common.folders import cache_folder
 
@@ -74,8 +75,8 @@ def _library() -> Any:
 def device() -> torch.device:
     """Register the device with PyTorch, and return it."""
     _library()
-    torch.utils.rename_privateuse1_backend(NAME)
-    torch._register_device_module(NAME, _module())
+    rename_privateuse1_backend(NAME)
+    torch._register_device_module(NAME, _module())  # type: ignore[no-untyped-call]
     return torch.device(NAME, 0)
 
 
