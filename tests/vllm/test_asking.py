@@ -65,6 +65,21 @@ def test_a_server_is_calibrated_as_its_answers_are(
 
 
 @pytest.mark.slow
+def test_where_nothing_is_guaranteed_a_server_drafts_losslessly(
+    run: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
+    monkeypatch.setenv(serving.PYTHON, str(python))
+    caplog.set_level("INFO", "offramp")
+    code, found, _ = calibrated(run, tmp_path, "vllm", "--target", 0.001)
+    assert code == 0 and "images" in found["reason"]
+    assert "next: offramp serve tiny-opt --engine vllm" in caplog.text
+
+
+@pytest.mark.slow
 def test_a_server_whose_exits_are_off_is_not_calibrated(
     run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,13 +284,14 @@ def _find_by(
             error.result = found  # it took long to find
             raise
     show_result(found, _table(calibration), as_json=arguments.json)
-    if not _is_stored(calibration, arguments):
+    how, stored = asked_again(arguments, *LOADED), _is_stored(calibration, arguments)
+    if isinstance(runtime, Asked):  # which drafts losslessly by itself
+        say_next(f"offramp serve {out if stored else arguments.adapter}{how}")
+    elif stored:
+        say_next(f"offramp generate {out}{one_again(arguments)}", f"offramp serve {out}{how}")
+    else:
         how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
         say_next(f"offramp calibrate {arguments.adapter}{how} --lossless")
-        return
-    how = asked_again(arguments, *LOADED)
-    answer = [f"offramp generate {out}{one_again(arguments)}"] * (not isinstance(runtime, Asked))
-    say_next(*answer, f"offramp serve {out}{how}")
 
 
 def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
