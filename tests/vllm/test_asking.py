@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import RunCommand
+from other_python import python_with_vllm
 
 from offramp.data.scenes import world
 from offramp_vllm import tell
@@ -30,25 +31,20 @@ def calibrated(run: RunCommand, tmp_path: Path, engine: str, *more: Any) -> tupl
     return code, json.loads(said) if code == 0 else said, err
 
 
-def python_at(path: Path, program: str) -> Path:
-    """A Python of an environment with vLLM, in which the server is another program."""
-    path.write_text(
-        '#!/bin/sh\nfor word; do case "$word" in *find_spec*) exit 0;; esac; done\n' + program
-    )
-    path.chmod(0o755)
-    return path
+@pytest.fixture
+def stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Starts in vLLM's place, and lets the log tell what comes next."""
+    program = f'exec {sys.executable} {STAND_IN} "$@"\n'
+    monkeypatch.setenv(serving.PYTHON, str(python_with_vllm(tmp_path / "python", program)))
+    caplog.set_level("INFO", "offramp")
 
 
 @pytest.mark.slow
 def test_a_server_is_calibrated_as_its_answers_are(
-    run: RunCommand,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    run: RunCommand, stand_in: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
-    monkeypatch.setenv(serving.PYTHON, str(python))
-    caplog.set_level("INFO", "offramp")
     levels = ("--thresholds", 0.9, 0.5)
     code, served, err = calibrated(run, tmp_path, "vllm", *levels)
     assert code == 0, err
@@ -66,14 +62,8 @@ def test_a_server_is_calibrated_as_its_answers_are(
 
 @pytest.mark.slow
 def test_where_nothing_is_guaranteed_a_server_drafts_losslessly(
-    run: RunCommand,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    run: RunCommand, stand_in: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
-    monkeypatch.setenv(serving.PYTHON, str(python))
-    caplog.set_level("INFO", "offramp")
     code, found, _ = calibrated(run, tmp_path, "vllm", "--target", 0.001)
     assert code == 0 and "images" in found["reason"]
     assert "next: offramp serve tiny-opt --engine vllm" in caplog.text
@@ -81,10 +71,8 @@ def test_where_nothing_is_guaranteed_a_server_drafts_losslessly(
 
 @pytest.mark.slow
 def test_a_server_whose_exits_are_off_is_not_calibrated(
-    run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunCommand, stand_in: None, tmp_path: Path
 ) -> None:
-    python = python_at(tmp_path / "python", f'exec {sys.executable} {STAND_IN} "$@"\n')
-    monkeypatch.setenv(serving.PYTHON, str(python))
     (tmp_path / "off").touch()
     code, _, err = calibrated(run, tmp_path, "vllm")
     assert code == 1
@@ -94,7 +82,7 @@ def test_a_server_whose_exits_are_off_is_not_calibrated(
 def test_a_server_that_does_not_start_says_why(
     run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python = python_at(tmp_path / "python", "echo no memory >&2; exit 1\n")
+    python = python_with_vllm(tmp_path / "python", "echo no memory >&2; exit 1\n")
     monkeypatch.setenv(serving.PYTHON, str(python))
     code, _, err = calibrated(run, tmp_path, "vllm")
     assert code == 1

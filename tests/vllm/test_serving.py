@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from command_line import RunCommand
+from other_python import python_with_vllm
 
 import offramp_vllm.exports.serving as module
 import offramp_vllm.exports.vllm as exports
@@ -22,10 +23,7 @@ from offramp_vllm.adapter import read_exported
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What the process would become: program, arguments and environment."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nfor word; do case "$word" in *find_spec*) exit 0;; esac; done\n')
-    python.chmod(0o755)
-    monkeypatch.setenv(module.PYTHON, str(python))
+    monkeypatch.setenv(module.PYTHON, str(python_with_vllm(tmp_path / "python")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     begun: list[Any] = []
     monkeypatch.setattr(os, "execve", lambda *given: begun.append(given))

@@ -31,12 +31,16 @@ def server(made: Any, request: pytest.FixtureRequest) -> Iterator[str]:
         yield base
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def serving(folder: Path, exits: Path, *more: str) -> Iterator[str]:
     """The address of a server of a folder's model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     added = json.dumps({"offramp": {"exits": str(exits)}})
     command = [
         sys.executable,
@@ -139,9 +143,7 @@ def test_what_is_calibrated_in_vllm_is_guaranteed_there(made: Any, tmp_path: Pat
     asked = f"calibrate tiny-opt --engine vllm --data {folder / 'images'} --prompt Caption:"
     how = f"--target 0.4 --thresholds 0.9 0.5 --max-new-tokens 16 --out {out}"
     subprocess.run([*offramp, *asked.split(), *how.split()], check=True, env=env)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     served = f"serve {out} --engine vllm --mode early_exit --port {port}"
     process = subprocess.Popen([*offramp, *served.split()], env=env)
     try:
@@ -218,9 +220,7 @@ def test_what_a_server_has_not_is_a_bad_request(server: str, made: Any) -> None:
 
 
 def test_offramp_serve_becomes_a_server_that_drafts(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "OFFRAMP_VLLM_PYTHON": sys.executable, "XDG_CACHE_HOME": str(tmp_path)}
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS"):
         env.pop(name, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -74,6 +74,10 @@ def kernel(size: float, card: float) -> float:
     return max(KERNEL, size / card)
 
 
+Kernels = Sequence[float]
+"""Seconds of each."""
+
+
 @dataclass
 class Clocks:
     """Seconds on the clocks of the host, which queues work, and of the device, which runs it."""
@@ -86,9 +90,11 @@ class Clocks:
         self.host += launch
         self.device = max(self.host, self.device) + sum(kernels)
 
-    def wait(self) -> None:
-        """The host stands until the device has done all."""
-        self.host = max(self.host, self.device) + WAIT
+    def run_each(self, kernels: Kernels, waits: int = 1) -> None:
+        """Launch kernels one by one; the host then stands, so often, until all are done."""
+        for one in kernels:
+            self.run(LAUNCH, one)
+        self.host = max(self.host, self.device) + waits * WAIT
 
 
 @dataclass(frozen=True)
@@ -156,41 +162,31 @@ def steps(shape: Shape, card: float, depth: int, counts: Counts, host: Any) -> d
     fused = shape.layer(card, FUSED, fused=True)
     above, head = shape.layers - depth, shape.head(card, shape.words)
 
-    def eagerly(clocks: Clocks, layers: int, beside: int) -> None:
-        for one in (*eager * layers, head, *[KERNEL] * (beside - 1)):
-            clocks.run(LAUNCH, one)
-
-    def full(clocks: Clocks, _: bool) -> None:
-        eagerly(clocks, shape.layers, counts.full)
-        clocks.wait()
-
-    def early(clocks: Clocks, deep: bool) -> None:
-        eagerly(clocks, depth + 1, counts.exit)
-        clocks.wait()
-        if deep:
-            eagerly(clocks, above, counts.full)
-            clocks.wait()
+    def eagerly(layers: int, beside: int) -> list[float]:
+        return [*eager * layers, head, *[KERNEL] * (beside - 1)]
 
     def ahead(clocks: Clocks, _: bool) -> None:
         clocks.host += host[False]  # for the next step, while the device runs this one
         clocks.run(GRAPH, *fused * shape.layers, head)
 
-    def staged(clocks: Clocks, deep: bool, *, first: float) -> None:
-        clocks.host += host[True]
-        for one in (*fused * (depth + 1), first):  # compiled, and in no graph
-            clocks.run(LAUNCH, one)
-        clocks.wait()
+    def early(clocks: Clocks, deep: bool, *, own: float, first: Kernels, rest: Kernels) -> None:
+        clocks.host += own
+        clocks.run_each(first, counts.waits)
         if deep:
-            for one in (*fused * above, head):
-                clocks.run(LAUNCH, one)
-            clocks.wait()
+            clocks.run_each(rest)
 
+    # Stages are compiled, and in no graph.
+    staged = partial(early, own=host[True], rest=[*fused * above, head])
+    below, short = fused * (depth + 1), shape.head(card, SHORTLIST)
+    whole = eagerly(shape.layers, counts.full)
     return {
-        "PyTorch, full depth": full,
-        "PyTorch, early exit": early,
+        "PyTorch, full depth": lambda clocks, _: clocks.run_each(whole),
+        "PyTorch, early exit": partial(
+            early, own=0.0, first=eagerly(depth + 1, counts.exit), rest=eagerly(above, counts.full)
+        ),
         FULL: ahead,
-        "vLLM, early exit": partial(staged, first=head),
-        BEST: partial(staged, first=shape.head(card, SHORTLIST)),
+        "vLLM, early exit": partial(staged, first=[*below, head]),
+        BEST: partial(staged, first=[*below, short]),
     }
 
 
@@ -201,11 +197,9 @@ def entries(counts: Counts, host: Any) -> Iterator[dict[str, Any]]:
             took = {
                 way: {str(s): 1e3 * seconds(step, s) for s in SHARES} for way, step in made.items()
             }
-            allowed = [
-                share / 100
-                for share in range(101)
-                if seconds(made[BEST], share / 100) * WANTED <= seconds(made[FULL], 0.0)
-            ]
+            full = seconds(made[FULL], 0.0)
+            shares = (share / 100 for share in range(101))
+            allowed = [share for share in shares if seconds(made[BEST], share) * WANTED <= full]
             yield {
                 "card": card,
                 "shape": name,

@@ -26,10 +26,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from offramp.adapter.answers import Answer
 from offramp.cli.output import tell
+from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import InputError
+from offramp.features.input_processor import turn_of
 from offramp_vllm.exports import serving
 from offramp_vllm.exports.exporters import template_options
+from offramp_vllm.exports.vllm import PROMPTS
+from offramp_vllm.tell import SERVED_BY
 
 MODEL, AT_ONCE = "offramp", 8
 SCORE = "max_probability"
@@ -94,16 +101,12 @@ def _free_port() -> int:
 
 def _export(opened: Any, folder: Path) -> None:
     """Write the exits. Requests bring thresholds, and the exits may have none yet."""
-    from offramp.core.decoding.policy import Thresholds
-    from offramp_vllm.exports.vllm import PROMPTS, export_vllm
-
     adapter = opened.adapter
     never = Thresholds.shared(adapter.exits.depths, 1.0)
     policy = replace(
         adapter.policy, thresholds=adapter.policy.thresholds or never, lossless=False, trust=None
     )
-    prompts = [opened.encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
-    export_vllm(adapter.with_policy(policy), folder, prompts, encoder=opened.encoder)
+    serving.write_exits(adapter.with_policy(policy), opened.encoder, folder)
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -128,14 +131,12 @@ class Served:
     opened: Any
     url: str
     key: str
-    name: str = "vllm"
+    name: str = SERVED_BY
     rows: int = AT_ONCE
 
     def check(self) -> None:
         """Raise `InputError` where the check at start switched the exits off: every answer would be
         the full model's, and any threshold would pass."""
-        from offramp_vllm.exports.vllm import PROMPTS
-
         ids = self.opened.encoder.tokenizer(PROMPTS[0])["input_ids"]
         self._post("completions", {"model": MODEL, "prompt": ids, "max_tokens": 1})
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
@@ -173,10 +174,6 @@ class Served:
         return found
 
     def _answer(self, example: Any, asked: dict[str, Any]) -> Any:
-        import torch
-
-        from offramp.adapter.answers import Answer
-
         encoder = self.opened.encoder
         ids = encoder.prompts([example])["input_ids"][0].tolist()
         if example.is_text:
@@ -197,7 +194,8 @@ class Served:
 
     def _chat(self, example: Any, ids: Sequence[int], asked: dict[str, Any]) -> Any:
         """What vLLM says about an image. ids: of the prompt that offramp reads, as vLLM must."""
-        turn = {"role": "user", "content": [*self._picture(example), _text(example.prompt)]}
+        turn = turn_of("user", example.prompt)
+        turn["content"].insert(0, self._picture(example))
         said = self._post("chat/completions", {**asked, "messages": [turn], "logprobs": True})
         read = said["prompt_token_ids"]
         if self._without_images(read) == self._without_images(ids):
@@ -208,11 +206,11 @@ class Served:
             "Give prompts as the model's template has them, or calibrate in another engine.",
         )
 
-    def _picture(self, example: Any) -> list[dict[str, Any]]:
+    def _picture(self, example: Any) -> dict[str, Any]:
         buffer = io.BytesIO()
         example.open_image(self.opened.encoder.smallest_side).save(buffer, "PNG")
         code = base64.b64encode(buffer.getvalue()).decode()
-        return [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}}]
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}}
 
     def _without_images(self, ids: Sequence[int]) -> list[int]:
         config = self.opened.adapter.backbone.model.config
@@ -232,7 +230,3 @@ class Served:
             raise InputError(
                 f"vLLM refused a request: {told[:300]}", "Calibrate with other prompts or options."
             ) from error
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}

@@ -81,8 +81,10 @@ def template_options(opened: Any, exits: Path) -> dict[str, str]:
 
 
 def _plain(tokenizer: Any) -> str:
-    """A template of one message, whose text is the prompt behind the tokenizer's start tokens; vLLM
-    would take one of its own where the model has none."""
+    """Return a chat template that writes the tokenizer's start tokens and the text of one message.
+
+    Without a template, vLLM takes one of its own.
+    """
     whole, bare = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
     start = tokenizer.decode(whole[: whole.index(bare[0])])
     return (

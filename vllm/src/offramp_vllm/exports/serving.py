@@ -152,15 +152,22 @@ def _exported(opened: Any, source: Path, mode: str | None) -> Path:
         raise InputError("Without exits there is nothing to add to vLLM.", "Name an adapter.")
     opened.adapter.policy.asked(mode, None, opened.adapter.exits.depths)
     from offramp.core.save_and_load import CONFIG  # PyTorch, of which no help needs any
-    from offramp_vllm.exports.vllm import FORMAT, PROMPTS, VLLM, export_vllm
+    from offramp_vllm.exports.vllm import FORMAT, VLLM
 
     told = [digest_file(source / CONFIG), str(opened.adapter.backbone.dtype), FORMAT]
     place = cache_folder("vllm") / digest_rows(told)[:32]
     if not (place / VLLM).is_file():
         tell("The exits are written for vLLM; this is done once.")
-        prompts = [opened.encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
-        export_vllm(opened.adapter, place, prompts, encoder=opened.encoder)
+        write_exits(opened.adapter, opened.encoder, place)
     return place
+
+
+def write_exits(adapter: Any, encoder: Any, folder: Path) -> None:
+    """Write an adapter's exits, with the answers that vLLM is checked by at its start."""
+    from offramp_vllm.exports.vllm import PROMPTS, export_vllm
+
+    prompts = [encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
+    export_vllm(adapter, folder, prompts, encoder=encoder)
 
 
 def model_settings(opened: Any, limit: int) -> dict[str, Any]:
