@@ -18,8 +18,8 @@ from offramp_lab.tables.markdown import (
 )
 
 PLAIN, PACKED, F16, Q8 = "PyTorch", "PyTorch, packed", "f16", "q8_0"
-FASTEST = "llama.cpp iq4_nl"
-"""llama.cpp's fastest format whose captions are as good as those of q8_0."""
+FASTEST = "llama.cpp iq4_nl, head q4_0"
+"""llama.cpp's fastest formats whose captions are as good as those of q8_0."""
 TOWER, TORCH = "onnxruntime", "torch"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
 EARLY = "early exit"

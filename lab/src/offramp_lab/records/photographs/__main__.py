@@ -18,7 +18,14 @@ from typing import Any
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.experiments.factors import Measured, Name
 from offramp_lab.places import RUNS
-from offramp_lab.records.photographs import end_to_end, five_layers, quantised, runtimes, trust
+from offramp_lab.records.photographs import (
+    end_to_end,
+    five_layers,
+    megapixels,
+    quantised,
+    runtimes,
+    trust,
+)
 from offramp_lab.records.photographs.opened import COMPILED, Opened
 from offramp_lab.records.photographs.told import Spec, Told, scored
 from offramp_lab.records.record import Some, Turns, asked
@@ -26,7 +33,7 @@ from offramp_lab.records.subjects import halves
 
 SPECS = {
     module.SPEC.record.name: module.SPEC
-    for module in (end_to_end, five_layers, runtimes, quantised, trust)
+    for module in (end_to_end, megapixels, five_layers, runtimes, quantised, trust)
 }
 SPLITS = {"captions": "captions_val", "questions": "questions_val"}
 WARM = 8

@@ -4,7 +4,7 @@ CPU milliseconds of the process: picture (the file and the processor), tower, en
 the decoder), prompt (up to the first token), decoding. Towers run in ONNX Runtime; what another
 tower, number format or head is worth has ways of its own, so that each multiple comes in its
 factors (`offramp_lab.experiments.factors`). Rivals: Hugging Face's `generate`, and llama.cpp alone
-in three formats, fed as we feed it. Last, captions eight at a time in the batch engine.
+in four formats, fed as we feed it. Last, captions eight at a time in the batch engine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from offramp_lab.records.record import Group, Record, Turns
 
 PACKED = way.in_format(f"float32, {way.PREPACKED}")
 Q8 = "q8_0"
-RIVALS = (("iq4_nl", TORCH), ("iq4_nl", TOWER), (Q8, TOWER), ("q4_0", TOWER))
-"""Formats of llama.cpp alone, and what the tower runs in."""
+RIVALS = (way.RIVAL, *(f"{way.ALONE}{formats}" for formats in ("iq4_nl", Q8, "q4_0")))
+"""llama.cpp alone."""
 ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
 """Modes in which questions are answered."""
 SLOTS = 8
@@ -34,7 +34,7 @@ def names(_: Opened) -> list[Name]:
     every, few = (*way.MODES, way.SHORT), (way.FULL_DEPTH, way.EARLY, LOSSLESS)
     ours = {PLAIN: every, PACKED: few, Q8: every, "f16": few}
     return [
-        *((f"{way.ALONE}{formats}", way.FULL_DEPTH, tower) for formats, tower in RIVALS),
+        *((rival, way.FULL_DEPTH, TOWER) for rival in RIVALS),
         (way.STOCK, way.FULL_DEPTH, TORCH),
         *((engine, mode, TOWER) for engine, modes in ours.items() for mode in modes),
     ]
@@ -47,7 +47,7 @@ def bases(name: Name) -> dict[str, Name]:
     return {
         "full": (own, way.FULL_DEPTH, TOWER),
         "full_shortlist": (own, way.SHORT, TOWER),
-        "fastest": (f"{way.ALONE}iq4_nl", way.FULL_DEPTH, TOWER),
+        "fastest": (way.RIVAL, way.FULL_DEPTH, TOWER),
     }
 
 

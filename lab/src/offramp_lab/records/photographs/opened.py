@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,31 @@ from offramp.calibration.trust_path import trusting
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.models.exits import Exits
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.core.storage import digest_file, digest_rows
+from offramp.core.storage import digest_file, digest_rows, write_atomic
 from offramp.engines import ENGINES
 from offramp.evaluation.timing import FirstToken, GenerateFn, generate_fn, stock_generate_fn
 from offramp.features.compiled.compiled import COMPILED as BY_CODE
+from offramp.features.input_processor import InputProcessor
+from offramp.features.shrink_on_load import with_shrink_on_load
+from offramp.inputs.example import Example
 from offramp_lab.experiments.factors import LOSSLESS, Name
 from offramp_lab.places import RUNS
 from offramp_lab.records.alone import Alone
 from offramp_lab.records.subjects import load_photo, photo_exits
 
 TORCH, TOWER = "torch", "onnxruntime"
+LARGE = f"{TOWER}, 12 megapixels"
+SHRUNK = f"{LARGE}, shrunk on load"
+"""The same tower behind photographs of a camera's size, in the second decoded smaller."""
+PIXELS, JPEG = 12 * 10**6, 90
+"""Of photographs enlarged, and the quality of their files."""
 PLAIN, STOCK = "PyTorch", "generate"
 """Engines in float32; with a format behind them (`in_format`) in others."""
 ALONE, ITS_KERNELS = "llama.cpp ", ", its own kernels"
 """Before a format: llama.cpp without exits. Behind one: ours with llama.cpp's kernels."""
+HEAD = ", head "
+RIVAL = f"{ALONE}iq4_nl{HEAD}q4_0"
+"""llama.cpp's fastest formats whose captions are as good as those of q8_0."""
 PREPACKED, COMPILED = "packed", "compiled"
 STOCK_COMPILED = f"{STOCK}, static cache, {COMPILED}"
 HOW: dict[str, tuple[str, str | None]] = {
@@ -203,10 +215,12 @@ class Opened:
         self.work = work / digest_rows([weights, *map(digest_file, files)])[:12]
         self.work.mkdir(parents=True, exist_ok=True)
 
-    def answer(self, example: Any, name: Name, most: int) -> list[Any]:
+    def answer(self, example: Example, name: Name, most: int) -> list[Any]:
         """What a way makes of an example."""
         if name not in self._ways:
             self._ways[name] = self._open(*name)
+        if name[2] in (LARGE, SHRUNK):
+            example = self._enlarged(example)
         return self._ways[name](example, most)
 
     def ways(self, names: Sequence[Name], kind: str = "captions") -> dict[Name, Way]:
@@ -218,7 +232,10 @@ class Opened:
         if (engine, tower, kind) not in self._models:
             _, *words = engine.split(", ")
             layers = next((word for word in words if word in HOW), "float32")
-            adapter, encoder = load_photo(self.exits, *HOW[layers], tower)
+            adapter, encoder = load_photo(self.exits, *HOW[layers], tower.split(", ")[0])
+            if tower == SHRUNK:
+                smaller = with_shrink_on_load(encoder.processor)
+                encoder = InputProcessor(adapter.backbone, smaller)
             if PREPACKED in words:
                 ENGINES["packed"].open(adapter)
             if COMPILED in words:
@@ -265,6 +282,20 @@ class Opened:
         adapter, encoder = self.loaded(PLAIN, tower)
         file = self.work / f"whole-{formats}.gguf"
         if not file.is_file():
-            export_whole(adapter.backbone, file, ExportFormats(formats))
+            layers, _, head = formats.partition(HEAD)
+            export_whole(adapter.backbone, file, ExportFormats(layers, head=head))
         alone = Alone(adapter, file, COMES, encoder.eos)
         return _way(self.stages, encoder, lambda most: partial(alone, max_new_tokens=most))
+
+    def _enlarged(self, example: Example) -> Example:
+        """A photograph in a file of as many pixels as a camera's, made when it is first asked."""
+        file = self.work / "enlarged" / f"{digest_rows([example.key])[:16]}.jpg"
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            picture = example.open_image()
+            times = (PIXELS / (picture.width * picture.height)) ** 0.5
+            large = picture.resize((round(picture.width * times), round(picture.height * times)))
+            written = BytesIO()
+            large.save(written, "JPEG", quality=JPEG)
+            write_atomic(file, written.getvalue())
+        return replace(example, image=file)
