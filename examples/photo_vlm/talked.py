@@ -22,6 +22,16 @@ from typing import Any
 import numpy as np
 
 from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, read_asked, worded
+from examples.photo_vlm.described import (
+    DETAIL,
+    Described,
+    Words,
+    is_said,
+    read_described,
+    sentences,
+    things_in,
+)
+from examples.photo_vlm.described import FILE as DESCRIBED
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter.adapter import Adapter
@@ -41,9 +51,9 @@ from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("talk", "examples.photo_vlm.talked")
-LONGEST_ANSWER = 12
+LONGEST_ANSWER, LONGEST_DESCRIPTION = 12, 100
 AT_ONCE = 16
-PARTS = ("plain", "questions", "dialogues", "captions")
+PARTS = ("plain", "questions", "dialogues", "captions", "descriptions")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.01)
 PLAIN = {
     "What colour is the dog?": r"\bdog\b",
@@ -194,6 +204,54 @@ def captions(examples: Sequence[Example], write: Write, before: Path | None) -> 
     return record
 
 
+def descriptions(
+    rows: Sequence[Described], images: Mapping[str, Example], write: Write
+) -> dict[str, Any]:
+    """How long they are; and of what the first sentence says, and of what is new behind it, the
+    share that some caption of people's has, of the photograph and of another one."""
+    draw = random.Random(73)
+    asked_ = [
+        Example(i.image, draw.choice(DETAIL), ("-",), f"described:{i.group}", i.group)
+        for i in (images[row.image] for row in rows)
+    ]
+    answers = write(asked_, LONGEST_DESCRIPTION)
+    told = [sentences(answer.text) for answer in answers]
+    things = iter(things_in([f"{sentence} ." for own in told for sentence in own]))
+    parts: dict[str, list[tuple[Words, Words]]] = {}
+    for row, own in zip(rows, told, strict=True):
+        before: Words = frozenset()
+        for place in range(len(own)):
+            said = next(things)
+            fresh = frozenset(word for word in said if not is_said(word, before))
+            parts.setdefault("behind" if place else "first", []).append(
+                (fresh, frozenset(row.people))
+            )
+            before |= said
+    others = [people for _, people in parts["behind"]]
+    parts["of another"] = [
+        (fresh, other)
+        for (fresh, _), other in zip(parts["behind"], others[7:] + others[:7], strict=True)
+    ]
+    return {
+        "count": len(rows),
+        "tokens": float(np.mean([len(answer.ids) for answer in answers])),
+        "sentences": float(np.mean([len(own) for own in told])),
+        "words": {
+            name: {
+                "count": sum(len(fresh) for fresh, _ in some),
+                "right": float(
+                    np.mean([is_said(w, people) for fresh, people in some for w in sorted(fresh)])
+                ),
+            }
+            for name, some in parts.items()
+        },
+        "said": [
+            {"image": e.group, "asked": e.prompt, "answer": a.text}
+            for e, a in zip(asked_, answers, strict=True)
+        ][:60],
+    }
+
+
 def plain(images: Sequence[Example], write: Write) -> dict[str, Any]:
     """Every plain question about five photographs of its own; how many answers are empty."""
     asked_: list[Example] = []
@@ -229,7 +287,9 @@ def sped(
         modes["early exit"] = policy.in_mode("early_exit")
     record: dict[str, Any] = {}
     for task, examples in tasks.items():
-        longest = LONGEST["captions"] if task == "captions" else LONGEST_ANSWER
+        longest = {"captions": LONGEST["captions"], "descriptions": LONGEST_DESCRIPTION}.get(
+            task, LONGEST_ANSWER
+        )
         options: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
         writes = {n: generate_fn(adapter.generate, policy=p, **options) for n, p in modes.items()}
         runs = in_turn(
@@ -337,6 +397,7 @@ def main() -> None:
     held = [example for example in splits["captions_val"] if half_of(example) == 1]
     images = {example.group: example for example in held}
     rows = [row for row in read_asked(arguments.asked) if row.half == 1 and row.questions]
+    described = arguments.asked.parent / DESCRIBED
     backbone, encoder = load("float32", name=arguments.name)
     kept: dict[str, list[tuple[Example, Answer]]] = {}
 
@@ -371,6 +432,11 @@ def main() -> None:
         "captions": lambda: captions(
             held[: arguments.photographs], writer("captions"), arguments.before
         ),
+        "descriptions": lambda: descriptions(
+            [d for d in read_described(described) if d.half == 1][: arguments.talks * 2],
+            images,
+            writer("descriptions"),
+        ),
     }
     for name in arguments.parts:
         RECORD.add({name: made[name]()})
@@ -380,7 +446,9 @@ def main() -> None:
     RECORD.add({"exits": replayed(adapter, encoder, kept)})
     asked_ = {"questions": [put.example for some in puts.values() for put in some]}
     asked_ |= {
-        task: [e for e, _ in kept[task]] for task in ("dialogues", "captions") if task in kept
+        task: [e for e, _ in kept[task]]
+        for task in ("dialogues", "captions", "descriptions")
+        if task in kept
     }
     draw = random.Random(72)
     tasks = {t: draw.sample(some, min(len(some), arguments.timed)) for t, some in asked_.items()}

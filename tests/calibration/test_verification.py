@@ -17,7 +17,7 @@ from fakes import Blip2FakeProcessor, examples
 from families import build
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.certificate import Certificate, PathResult, Run, VerificationSettings
+from offramp.adapter.certificate import Certificate, PathResult, Run, VerificationSettings, rows
 from offramp.adapter.model_card import model_card, with_verified
 from offramp.adapter.records import CARD, CERTIFICATE
 from offramp.adapter.shipped import load_tiny
@@ -484,3 +484,11 @@ def test_certificates_that_ship_are_whole_and_name_no_machine() -> None:
     for file in files:
         for run in Certificate.read(file).runs:
             assert "/" not in run.provenance["command"]
+
+
+def test_a_score_that_one_side_lacks_is_said_in_words() -> None:
+    ours, theirs = _Row([1], [2], scores=[0.5]), _Row([1], [2], scores=[float("nan")])
+    [told] = rows([_compared("full", "its own", False, [ours], [theirs])])
+    assert "scores missing on one side" in told
+    [told] = rows([_compared("full", "its own", False, [ours], [ours])])
+    assert "scores 0.0e+00" in told

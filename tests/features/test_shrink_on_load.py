@@ -49,6 +49,19 @@ def test_each_side_keeps_what_is_asked_for(size: tuple[int, int]) -> None:
     assert np.abs(looked_at[0] - looked_at[1]).mean() < 0.5  # of 255
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_pixels_that_are_rgb_outlive_their_file(kind: str, tmp_path: Path) -> None:
+    image = picture(64, 48)
+    (tmp_path / "one").write_bytes(encoded(image, kind))
+    opened = open_rgb(tmp_path / "one", "it")
+    (tmp_path / "one").unlink()
+    theirs = Image.open(io.BytesIO(encoded(image, kind)))
+    assert opened.mode == "RGB" and opened.tobytes() == theirs.convert("RGB").tobytes()
+    again = open_rgb(opened, "it")
+    again.putpixel((0, 0), (1, 2, 3))  # whose image it was keeps it
+    assert opened.tobytes() == theirs.convert("RGB").tobytes()
+
+
 def test_it_stands_upright() -> None:
     image = picture(1600, 1200)
     exif = Image.Exif()

@@ -180,6 +180,8 @@ class Certificate:
 
 # -- for people ------------------------------------------------------------------------------------
 
+NONE = 1e308
+"""In the place of a difference from NaN or infinity, which JSON does not have."""
 COLUMNS = ("path", "held to", "tokens", "differ", "largest difference", "exact")
 
 
@@ -195,7 +197,12 @@ def _differing(path: PathResult) -> str:
 
 def _apart(path: PathResult) -> str:
     parts = (("logits", path.logits_apart), ("scores", path.scores_apart))
-    return ", ".join(f"{name} {value:.1e}" for name, value in parts if value is not None) or "-"
+    told = [f"{name} {_amount(value)}" for name, value in parts if value is not None]
+    return ", ".join(told) or "-"
+
+
+def _amount(value: float) -> str:
+    return f"{value:.1e}" if value < NONE else "missing on one side"
 
 
 def _exact(path: PathResult) -> str:
@@ -206,4 +213,4 @@ def _exact(path: PathResult) -> str:
 
 def finite(value: float) -> float:
     """Return a number as JSON allows it: NaN and infinity become the largest float."""
-    return value if math.isfinite(value) else 1e308
+    return value if math.isfinite(value) else NONE

@@ -32,10 +32,7 @@ def bases(name: Name) -> dict[str, Name]:
 
 
 def figures(told: Told) -> dict[str, Any]:
-    return {
-        "photographs": len(told.examples),
-        "captioned": entries_of(told.captions, bases),
-    }
+    return {"photographs": len(told.examples), "captioned": entries_of(told.captions, bases)}
 
 
 SPEC = Spec(Record("megapixels", "photographs"), names, figures, photographs=100)

@@ -232,7 +232,8 @@ class Opened:
         if (engine, tower, kind) not in self._models:
             _, *words = engine.split(", ")
             layers = next((word for word in words if word in HOW), "float32")
-            adapter, encoder = load_photo(self.exits, *HOW[layers], tower.split(", ")[0])
+            runs, *_ = tower.split(", ")
+            adapter, encoder = load_photo(self.exits, *HOW[layers], runs)
             if tower == SHRUNK:
                 smaller = with_shrink_on_load(encoder.processor)
                 encoder = InputProcessor(adapter.backbone, smaller)
