@@ -21,6 +21,7 @@ PLAIN, PACKED, F16, Q8 = "PyTorch", "PyTorch, packed", "f16", "q8_0"
 FASTEST = "llama.cpp iq4_nl, head q4_0"
 """llama.cpp's fastest formats whose captions are as good as those of q8_0."""
 TOWER, TORCH = "onnxruntime", "torch"
+LARGE = f"{TOWER}, 12 megapixels"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
 EARLY = "early exit"
 WHOLE = "early exit, prompt run whole"
@@ -87,6 +88,22 @@ def whole() -> Table:
             "of llama.cpp's fastest": _ratio("over_fastest"),
             "of full depth": _ratio("over_full"),
             "CIDEr, of full depth": _drop("CIDEr"),
+        },
+    )
+
+
+def megapixels() -> Table:
+    """From files of a camera's size, opened whole or shrunk on load."""
+    return Table.of(
+        record("megapixels")["captioned"],
+        {
+            "engine": _engine,
+            "mode": _mode,
+            "opened": lambda entry: "whole" if entry["tower"] == LARGE else "shrunk",
+            "opening": _milliseconds("picture"),
+            "ms": "{whole_milliseconds:.1f}",
+            "of llama.cpp's fastest, opened whole": _ratio("over_fastest"),
+            "opened as here": _ratio("over_fastest_as_opened"),
         },
     )
 
@@ -250,6 +267,7 @@ def beside_static(mode: str) -> str:
 TABLES: dict[str, MakeTable] = {
     "photo-factors": in_factors,
     "end-to-end": whole,
+    "megapixels": megapixels,
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
