@@ -34,6 +34,7 @@ from examples.photo_vlm.described import (
 from examples.photo_vlm.described import FILE as DESCRIBED
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
+from examples.photo_vlm.talk import chat_prompt
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
 from offramp.adapter.shipped import shipped_exits
@@ -41,6 +42,8 @@ from offramp.calibration.replay import Replay, replay
 from offramp.core.decoding.policy import FULL
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import read_json
+from offramp.data.item import Item
+from offramp.evaluation.evaluate import evaluate
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import beside_full, generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
@@ -53,7 +56,8 @@ from offramp_lab.records.record import Record, Some, asked
 RECORD = Record("talk", "examples.photo_vlm.talked")
 LONGEST_ANSWER, LONGEST_DESCRIPTION = 12, 100
 AT_ONCE = 16
-PARTS = ("plain", "questions", "dialogues", "captions", "descriptions")
+CANDIDATES = 100
+PARTS = ("plain", "questions", "dialogues", "captions", "descriptions", "ranked")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.01)
 PLAIN = {
     "What colour is the dog?": r"\bdog\b",
@@ -176,6 +180,51 @@ def dialogues(
             for (example, _), turns in zip(talks, said, strict=True)
         ][:30],
     }
+
+
+def ranked(
+    rows: Sequence[Asked], images: Mapping[str, Example], count: int, encoder: InputProcessor
+) -> dict[str, Any]:
+    """VisDial's protocol (Das et al. 2017): by likelihood, where people's answer is among a hundred
+    after the rounds before, which are people's too. As there, half of the others answer questions
+    alike; all are wrong."""
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        for question in row.questions:
+            answers.setdefault(question.kind, set()).add(question.answer)
+    every = sorted(set().union(*answers.values()))
+    items: list[Item] = []
+    for row in rows:
+        draw = random.Random(f"ranked:{row.image}")
+        before = ""
+        for turn, (text, question) in enumerate(dialogue(row.questions, (), draw)):
+            prompt = before + chat_prompt(text)
+            before = f"{prompt}{question.answer}<|im_end|>\n"
+            alike = [a for a in sorted(answers[question.kind]) if not is_right(question, a)]
+            chosen = draw.sample(alike, min(len(alike), CANDIDATES // 2))
+            others = [a for a in every if a not in chosen and not is_right(question, a)]
+            chosen += draw.sample(others, CANDIDATES - 1 - len(chosen))
+            gold = draw.randrange(CANDIDATES)
+            chosen.insert(gold, question.answer)
+            example = Example(
+                images[row.image].image,
+                prompt,
+                (question.answer,),
+                f"{row.image}:{turn}",
+                row.image,
+            )
+            items.append(Item(example, candidates=tuple(chosen), gold=gold))
+    found = evaluate(
+        encoder.backbone,
+        encoder,
+        items[:count],
+        "dialogue",
+        mode="full",
+        out=RUNS / "talk" / "ranked",
+        resume=True,
+        progress=bar("ranked"),
+    )
+    return {"rounds": found["n"], "candidates": CANDIDATES, **found["full"]["metrics"]}
 
 
 def captions(examples: Sequence[Example], write: Write, before: Path | None) -> dict[str, Any]:
@@ -389,6 +438,7 @@ def main() -> None:
         each=100,
         photographs=300,
         talks=50,
+        rounds=200,
         timed=60,
         parts=Some(PARTS),
         before=None,
@@ -437,6 +487,7 @@ def main() -> None:
             images,
             writer("descriptions"),
         ),
+        "ranked": lambda: ranked(rows, images, arguments.rounds, encoder),
     }
     for name in arguments.parts:
         RECORD.add({name: made[name]()})
@@ -447,7 +498,7 @@ def main() -> None:
     asked_ = {"questions": [put.example for some in puts.values() for put in some]}
     asked_ |= {
         task: [e for e, _ in kept[task]]
-        for task in ("dialogues", "captions", "descriptions")
+        for task in ("dialogues", "captions", "descriptions", "ranked")
         if task in kept
     }
     draw = random.Random(72)
