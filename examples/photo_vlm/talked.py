@@ -22,16 +22,6 @@ from typing import Any
 import numpy as np
 
 from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, read_asked, worded
-from examples.photo_vlm.described import (
-    DETAIL,
-    Described,
-    Words,
-    is_said,
-    read_described,
-    sentences,
-    things_in,
-)
-from examples.photo_vlm.described import FILE as DESCRIBED
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
 from examples.photo_vlm.talk import chat_prompt
@@ -41,7 +31,7 @@ from offramp.adapter.shipped import shipped_exits
 from offramp.calibration.replay import Replay, replay
 from offramp.core.decoding.policy import FULL
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.core.storage import read_json
+from offramp.core.storage import digest_rows, read_json
 from offramp.data.item import Item
 from offramp.evaluation.evaluate import evaluate
 from offramp.evaluation.statistics import interval, mean_of
@@ -54,10 +44,10 @@ from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("talk", "examples.photo_vlm.talked")
-LONGEST_ANSWER, LONGEST_DESCRIPTION = 12, 100
+LONGEST_ANSWER = 12
 AT_ONCE = 16
 CANDIDATES = 100
-PARTS = ("plain", "questions", "dialogues", "captions", "descriptions", "ranked")
+PARTS = ("plain", "questions", "dialogues", "captions", "ranked")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.01)
 PLAIN = {
     "What colour is the dog?": r"\bdog\b",
@@ -206,21 +196,17 @@ def ranked(
             chosen += draw.sample(others, CANDIDATES - 1 - len(chosen))
             gold = draw.randrange(CANDIDATES)
             chosen.insert(gold, question.answer)
-            example = Example(
-                images[row.image].image,
-                prompt,
-                (question.answer,),
-                f"{row.image}:{turn}",
-                row.image,
-            )
+            key, picture = f"{row.image}:{turn}", images[row.image].image
+            example = Example(picture, prompt, (question.answer,), key, row.image)
             items.append(Item(example, candidates=tuple(chosen), gold=gold))
+    model = digest_rows([dump_fingerprint(fingerprint(encoder.backbone))])[:12]
     found = evaluate(
         encoder.backbone,
         encoder,
         items[:count],
         "dialogue",
         mode="full",
-        out=RUNS / "talk" / "ranked",
+        out=RUNS / "talk" / f"ranked-{model}",
         resume=True,
         progress=bar("ranked"),
     )
@@ -251,54 +237,6 @@ def captions(examples: Sequence[Example], write: Write, before: Path | None) -> 
             "interval": interval(ours, groups, minus=theirs),
         }
     return record
-
-
-def descriptions(
-    rows: Sequence[Described], images: Mapping[str, Example], write: Write
-) -> dict[str, Any]:
-    """How long they are; and of what the first sentence says, and of what is new behind it, the
-    share that some caption of people's has, of the photograph and of another one."""
-    draw = random.Random(73)
-    asked_ = [
-        Example(i.image, draw.choice(DETAIL), ("-",), f"described:{i.group}", i.group)
-        for i in (images[row.image] for row in rows)
-    ]
-    answers = write(asked_, LONGEST_DESCRIPTION)
-    told = [sentences(answer.text) for answer in answers]
-    things = iter(things_in([f"{sentence} ." for own in told for sentence in own]))
-    parts: dict[str, list[tuple[Words, Words]]] = {}
-    for row, own in zip(rows, told, strict=True):
-        before: Words = frozenset()
-        for place in range(len(own)):
-            said = next(things)
-            fresh = frozenset(word for word in said if not is_said(word, before))
-            parts.setdefault("behind" if place else "first", []).append(
-                (fresh, frozenset(row.people))
-            )
-            before |= said
-    others = [people for _, people in parts["behind"]]
-    parts["of another"] = [
-        (fresh, other)
-        for (fresh, _), other in zip(parts["behind"], others[7:] + others[:7], strict=True)
-    ]
-    return {
-        "count": len(rows),
-        "tokens": float(np.mean([len(answer.ids) for answer in answers])),
-        "sentences": float(np.mean([len(own) for own in told])),
-        "words": {
-            name: {
-                "count": sum(len(fresh) for fresh, _ in some),
-                "right": float(
-                    np.mean([is_said(w, people) for fresh, people in some for w in sorted(fresh)])
-                ),
-            }
-            for name, some in parts.items()
-        },
-        "said": [
-            {"image": e.group, "asked": e.prompt, "answer": a.text}
-            for e, a in zip(asked_, answers, strict=True)
-        ][:60],
-    }
 
 
 def plain(images: Sequence[Example], write: Write) -> dict[str, Any]:
@@ -336,9 +274,7 @@ def sped(
         modes["early exit"] = policy.in_mode("early_exit")
     record: dict[str, Any] = {}
     for task, examples in tasks.items():
-        longest = {"captions": LONGEST["captions"], "descriptions": LONGEST_DESCRIPTION}.get(
-            task, LONGEST_ANSWER
-        )
+        longest = LONGEST["captions"] if task == "captions" else LONGEST_ANSWER
         options: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
         writes = {n: generate_fn(adapter.generate, policy=p, **options) for n, p in modes.items()}
         runs = in_turn(
@@ -447,7 +383,6 @@ def main() -> None:
     held = [example for example in splits["captions_val"] if half_of(example) == 1]
     images = {example.group: example for example in held}
     rows = [row for row in read_asked(arguments.asked) if row.half == 1 and row.questions]
-    described = arguments.asked.parent / DESCRIBED
     backbone, encoder = load("float32", name=arguments.name)
     kept: dict[str, list[tuple[Example, Answer]]] = {}
 
@@ -482,11 +417,6 @@ def main() -> None:
         "captions": lambda: captions(
             held[: arguments.photographs], writer("captions"), arguments.before
         ),
-        "descriptions": lambda: descriptions(
-            [d for d in read_described(described) if d.half == 1][: arguments.talks * 2],
-            images,
-            writer("descriptions"),
-        ),
         "ranked": lambda: ranked(rows, images, arguments.rounds, encoder),
     }
     for name in arguments.parts:
@@ -497,9 +427,7 @@ def main() -> None:
     RECORD.add({"exits": replayed(adapter, encoder, kept)})
     asked_ = {"questions": [put.example for some in puts.values() for put in some]}
     asked_ |= {
-        task: [e for e, _ in kept[task]]
-        for task in ("dialogues", "captions", "descriptions", "ranked")
-        if task in kept
+        task: [e for e, _ in kept[task]] for task in ("dialogues", "captions") if task in kept
     }
     draw = random.Random(72)
     tasks = {t: draw.sample(some, min(len(some), arguments.timed)) for t, some in asked_.items()}

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from examples.photo_vlm.asked import Question, dialogue, is_right, made, read_asked, thinned, worded
-from examples.photo_vlm.described import described, is_said, sentences
 from examples.photo_vlm.rows import Row, Text, ids_of, pack
 from examples.photo_vlm.talk import drawn
 
@@ -86,26 +85,6 @@ def test_what_no_caption_has_is_refused() -> None:
     absent = [q for q in some if q.kind == "absent"]
     assert absent and all(q.answer.startswith("I cannot see a") for q in absent)
     assert not any(" man" in q.answer for q in absent)
-
-
-def test_a_description_says_first_what_most_say_and_then_what_is_new() -> None:
-    told = {
-        "A dog runs through the deep white snow of a wide field": {"dog", "run", "snow"},
-        "A puppy is running in the snow .": {"puppy", "run", "snow"},
-        "a brown dog with a red collar carries a long stick .": {"dog", "brown", "collar", "stick"},
-        "The dog has a red stick in its mouth .": {"dog", "red", "stick"},
-    }
-    things = [frozenset(words) for words in told.values()]
-    assert sentences(described([*told], things)) == [
-        "A dog runs through the deep white snow of a wide field",
-        "A brown dog with a red collar carries a long stick",
-    ]
-    assert described([*told][:2], things[:2]) == ""  # too short
-
-
-def test_who_is_named_otherwise_is_no_news() -> None:
-    assert is_said("puppy", frozenset(("dog",))) and is_said("lady", frozenset(("woman",)))
-    assert not is_said("cat", frozenset(("dog",))) and not is_said("red", frozenset(("collar",)))
 
 
 def test_no_answer_is_more_than_its_share() -> None:
