@@ -429,7 +429,7 @@ def _table(calibration: Any) -> str:
         each = "for each kind of prompt " if calibration.each_kind else ""
         own_targets = {k.kind: k.target for k in calibration.kinds if k.target is not None}
         groups = f" in {calibration.groups} groups" if calibration.groups else ""
-        own = calibration.policy.first
+        own = {} if calibration.policy.trust is not None else calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(

@@ -267,9 +267,10 @@ class Opened:
         if torch_engine == engine:
             return torch_way(self.stages, encoder, adapter, policy)
         kind = "shortlist" if mode == SHORT else "exits"
-        return torch_way(self.stages, encoder, self._llama(adapter, engine, kind, tower), policy)
+        return torch_way(self.stages, encoder, self.llama(adapter, engine, kind, tower), policy)
 
-    def _llama(self, adapter: Adapter, engine: str, kind: str, tower: str) -> Any:
+    def llama(self, adapter: Adapter, engine: str, kind: str, tower: str) -> Any:
+        """An adapter's runtime inside llama.cpp. kind: sets its files apart from others'."""
         if (engine, kind, tower) not in self._models:
             formats = engine.removesuffix(ITS_KERNELS)
             folder = self.work / f"{formats}-{kind}"
