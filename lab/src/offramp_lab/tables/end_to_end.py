@@ -95,7 +95,7 @@ def whole() -> Table:
 def megapixels() -> Table:
     """From files of a camera's size, opened whole or shrunk on load."""
     return Table.of(
-        record("megapixels")["captioned"],
+        [e for e in record("megapixels")["captioned"] if (e["engine"], e["mode"]) != (Q8, FULL)],
         {
             "engine": _engine,
             "mode": _mode,
@@ -123,13 +123,15 @@ def _milliseconds(*stages: str) -> Callable[[Value], str]:
 
 def _shown(entry: Value) -> bool:
     """Of q8_0 every mode that answers, of others the usual ones; behind PyTorch's tower only what
-    has no other."""
+    has no other. Packed weights stand among the factors."""
+    if entry["engine"] in (PACKED, "llama.cpp q4_0"):
+        return False
     if entry["tower"] == TORCH and entry["engine"] != "generate":
         return False
     if entry["mode"] not in MODES or entry["mode"] in (SHORT, WHOLE):
         return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
-    return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
+    return entry["engine"] not in (PLAIN, F16) or entry["mode"] in few
 
 
 def five_layers() -> Table:

@@ -2,12 +2,14 @@
 
 The held-out photographs enlarged to 12 megapixels, as JPEG files. Opening them is part of every
 way, whole or shrunk on load, and so it is of llama.cpp's fastest. CPU milliseconds, by stage.
+"as_whole" in it: captions of full depth that are the same either way.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from offramp_lab.experiments.experiment import same
 from offramp_lab.experiments.factors import LOSSLESS, Name, entries_of
 from offramp_lab.records.photographs.opened import EARLY, FULL_DEPTH, LARGE, RIVAL, SHRUNK, Opened
 from offramp_lab.records.photographs.told import Spec, Told
@@ -32,7 +34,12 @@ def bases(name: Name) -> dict[str, Name]:
 
 
 def figures(told: Told) -> dict[str, Any]:
-    return {"photographs": len(told.examples), "captioned": entries_of(told.captions, bases)}
+    whole, shrunk = (told.captions[Q8, FULL_DEPTH, opening] for opening in (LARGE, SHRUNK))
+    return {
+        "photographs": len(told.examples),
+        "captioned": entries_of(told.captions, bases),
+        "as_whole": same(shrunk.answers, whole.answers),
+    }
 
 
 SPEC = Spec(Record("megapixels", "photographs"), names, figures, photographs=100)

@@ -3,11 +3,11 @@
 Captions at full depth, losslessly, at levels of trust, and by thresholds, in PyTorch and in
 llama.cpp. CPU seconds of the process, from the processor's output on (with the vision tower).
 "even" in it: the share of changed answers from which thresholds are as fast as lossless decoding;
-of the tiny models' captions and questions too, which `python -m
-offramp_lab.records.photographs.trust` measures, with T5's exits from `offramp demo t5 --out
-runs/demo`; it also calibrates trust in q8_0 on the choosing half, "certified". "taken" in it: answers that were taken at a level, and differ; "judged" beside each, and
-beside full depth's own, is a reader's who saw the photograph: right; partly, as with another action
-or colour; or wrong. It stays for the same answers.
+of the tiny models' captions and questions too. These and "certified", a trust in q8_0 calibrated on
+the choosing half, are measured by `python -m offramp_lab.records.photographs.trust`, with T5's
+exits from `offramp demo t5 --out runs/demo`. "taken" in it: answers that were taken at a level, and
+differ; "judged" beside each, and beside full depth's own, is a reader's who saw the photograph:
+right; partly, as with another action or colour; or wrong. It stays for the same answers.
 """
 
 from __future__ import annotations
