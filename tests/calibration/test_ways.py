@@ -16,6 +16,7 @@ from offramp.calibration.trial import Calibration
 from offramp.calibration.ways import by_trust, compared, fastest, way_of
 from offramp.cli.commands.calibrate import _table
 from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.errors import InputError
 from offramp.promises.guarantee import standing
 
 SOME = fakes.examples(40)
@@ -79,6 +80,23 @@ def test_exits_that_do_not_draft_on_are_tested_by_thresholds() -> None:
     assert by_trust(adapter("drafting"), **{**OPTIONS, "do_sample": True}) is None
     told = found("layer", {"lossless": 2.0, "thresholds": 3.0})
     assert way_of(told.policy)[0] == "thresholds" and len(told.attempts) == 1
+
+
+def test_thresholds_that_an_engine_cannot_follow_take_nothing_from_the_others() -> None:
+    """Files of llama.cpp may lack an exit that the adapter has."""
+    own = adapter("drafting")
+
+    class Lacking:
+        name, rows = "lacking", 4
+
+        def generate(self, inputs: Any, *, policy: Any = None, **options: Any) -> Any:
+            if policy is not None and policy.thresholds:
+                raise InputError("These files have no exit there.", "Export it.")
+            return own.generate(inputs, policy=policy, **options)
+
+    told = found("drafting", {"lossless": 2.0, "trust": 3.0}, runtime=Lacking())
+    assert way_of(told.policy)[0] == "trust" and not told.reason
+    assert {way.name for way in told.ways} == {"lossless", "trust"}
 
 
 @pytest.mark.slow

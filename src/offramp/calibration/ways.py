@@ -191,7 +191,8 @@ def _likely(
     options: Mapping[str, Any],
 ) -> tuple[ExitPolicy, float, int] | None:
     """Return the policy of the lowest thresholds at which some of the answers lose at most the
-    target, what they lose, and how many they are; None where none does. known: of `calibrate`."""
+    target, what they lose, and how many they are; None where none does, or where this model cannot
+    follow thresholds. known: of `calibrate`."""
     each = -(-len(judged) // SOME)
     some = judged[::each]
     own = resolved(replace(adapter.policy, trust=None, lossless=False), encoder.backbone)
@@ -216,7 +217,10 @@ def _likely(
     while low < high:
         middle = (low + high) // 2
         point = Thresholds.shared(whole.depths, grid[middle])
-        risk = float(whole.losses(point).mean())
+        try:
+            risk = float(whole.losses(point).mean())
+        except InputError:  # such as exits that an engine's files lack
+            return None
         if risk <= how.get("target", Guarantee.target):
             high, passed = middle, (whole.at(point), risk, len(some))
         else:
