@@ -31,6 +31,7 @@ MODES = {
     STATIC: "every token at the exit",
     EARLY: "early exit, as it ships",
     LOSSLESS: "lossless",
+    "trust 0": "by trust of `0`",
     WHOLE: "early exit, prompt run whole",
     "student": "student of five layers",
 }

@@ -26,13 +26,15 @@ RIVALS = (way.RIVAL, *(f"{way.ALONE}{formats}" for formats in ("iq4_nl", Q8, "q4
 """llama.cpp alone."""
 ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
 """Modes in which questions are answered."""
+TAKEN = "trust 0"
+"""No draft is verified."""
 SLOTS = 8
 
 
 def names(_: Opened) -> list[Name]:
     """The ways to caption a photograph."""
     every, few = (*way.MODES, way.SHORT), (way.FULL_DEPTH, way.EARLY, LOSSLESS)
-    ours = {PLAIN: every, PACKED: few, Q8: every, "f16": few}
+    ours = {PLAIN: every, PACKED: few, Q8: (*every, TAKEN), "f16": few}
     return [
         *((rival, way.FULL_DEPTH, TOWER) for rival in RIVALS),
         (way.STOCK, way.FULL_DEPTH, TORCH),
