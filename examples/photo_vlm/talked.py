@@ -176,13 +176,11 @@ def ranked(
     rows: Sequence[Asked], images: Mapping[str, Example], count: int, encoder: InputProcessor
 ) -> dict[str, Any]:
     """VisDial's protocol (Das et al. 2017): by likelihood, where people's answer is among a hundred
-    after the rounds before, which are people's too. As there, half of the others answer questions
-    alike; all are wrong."""
+    after the rounds before, which are people's too."""
     answers: dict[str, set[str]] = {}
     for row in rows:
         for question in row.questions:
             answers.setdefault(question.kind, set()).add(question.answer)
-    every = sorted(set().union(*answers.values()))
     items: list[Item] = []
     for row in rows:
         draw = random.Random(f"ranked:{row.image}")
@@ -190,15 +188,10 @@ def ranked(
         for turn, (text, question) in enumerate(dialogue(row.questions, (), draw)):
             prompt = before + chat_prompt(text)
             before = f"{prompt}{question.answer}<|im_end|>\n"
-            alike = [a for a in sorted(answers[question.kind]) if not is_right(question, a)]
-            chosen = draw.sample(alike, min(len(alike), CANDIDATES // 2))
-            others = [a for a in every if a not in chosen and not is_right(question, a)]
-            chosen += draw.sample(others, CANDIDATES - 1 - len(chosen))
-            gold = draw.randrange(CANDIDATES)
-            chosen.insert(gold, question.answer)
+            candidates, gold = among_others(question, answers, draw)
             key, picture = f"{row.image}:{turn}", images[row.image].image
             example = Example(picture, prompt, (question.answer,), key, row.image)
-            items.append(Item(example, candidates=tuple(chosen), gold=gold))
+            items.append(Item(example, candidates=candidates, gold=gold))
     model = digest_rows([dump_fingerprint(fingerprint(encoder.backbone))])[:12]
     found = evaluate(
         encoder.backbone,
@@ -211,6 +204,22 @@ def ranked(
         progress=bar("ranked"),
     )
     return {"rounds": found["n"], "candidates": CANDIDATES, **found["full"]["metrics"]}
+
+
+def among_others(
+    question: Question, answers: Mapping[str, set[str]], draw: random.Random
+) -> tuple[tuple[str, ...], int]:
+    """The answer among wrong ones, and its place. Half of these, as in VisDial, answer questions of
+    its kind; answers: by kind."""
+    every = sorted(set().union(*answers.values()))
+    both = sorted(answers[question.kind]), every
+    alike, others = ([a for a in some if not is_right(question, a)] for some in both)
+    chosen = draw.sample(alike, min(len(alike), CANDIDATES // 2))
+    others = [a for a in others if a not in chosen]
+    chosen += draw.sample(others, CANDIDATES - 1 - len(chosen))
+    gold = draw.randrange(CANDIDATES)
+    chosen.insert(gold, question.answer)
+    return tuple(chosen), gold
 
 
 def captions(examples: Sequence[Example], write: Write, before: Path | None) -> dict[str, Any]:

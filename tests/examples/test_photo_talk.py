@@ -206,3 +206,18 @@ def test_lossless_answers_are_full_depths_in_every_task() -> None:
     assert [told[task]["lossless"]["same"] for task in tasks] == [2, 2]
     spans = [told[task][mode]["whole"] for task in tasks for mode in ("lossless", "early exit")]
     assert all(0 < span["low"] <= span["times"] <= span["high"] for span in spans)
+
+
+def test_an_answer_is_ranked_among_a_hundred_of_which_it_alone_is_right() -> None:
+    pytest.importorskip("offramp_lab")
+    from examples.photo_vlm.talked import CANDIDATES, among_others
+
+    answers = {
+        "colour": {f"c{n}" for n in range(30)} | {"red"},
+        "who": {f"w{n}" for n in range(99)},
+    }
+    question = Question("colour", "What colour is it?", "red", ("red",))
+    found, gold = among_others(question, answers, random.Random(0))
+    assert len(found) == len(set(found)) == CANDIDATES and found[gold] == "red"
+    assert sum(is_right(question, answer) for answer in found) == 1
+    assert sum(answer.startswith("c") for answer in found) >= 30

@@ -77,6 +77,22 @@ def test_modes_of_two_exits_are_answered_and_those_that_promise_it_as_full_depth
     assert all(len(answers) == len(EXAMPLES) for answers in found.values())
 
 
+def test_a_photograph_of_a_cameras_size_is_made_once_and_opened_in_its_place(ways: Opened) -> None:
+    opened_: list[Any] = []
+    stages = ways.stages.take
+    ways.stages.take = lambda encoder, example, write: (  # type: ignore[method-assign]
+        opened_.append(example.image) or stages(encoder, example, write)
+    )
+    small, large, again = (
+        ways.answer(EXAMPLES[0], (PLAIN, "full", tower), 8)[0]
+        for tower in (TOWER, opened.LARGE, opened.LARGE)
+    )
+    assert small == large == again  # this encoder looks at the key alone
+    assert opened_[0] is EXAMPLES[0].image and opened_[1] == opened_[2]
+    with Image.open(opened_[1]) as file:
+        assert file.format == "JPEG" and file.width * file.height == pytest.approx(12e6, rel=1e-3)
+
+
 def test_thresholds_as_fast_as_lossless_are_found_between_those_measured() -> None:
     full, changed = [[1], [2]], [[1], [3]]
 
