@@ -203,7 +203,7 @@ def ranked(
         resume=True,
         progress=bar("ranked"),
     )
-    return {"rounds": found["n"], "candidates": CANDIDATES, **found["full"]["metrics"]}
+    return {"rounds": found["n"], "candidates": CANDIDATES, **found["modes"]["full"]["metrics"]}
 
 
 def among_others(
