@@ -36,6 +36,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import AdapterError, InputError, UnsupportedBackboneError
+from offramp.core.models.as_loaded import as_loaded, note_loaded
 from offramp.core.models.exits import Exits, ExitSet
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf, segment
 from offramp_llama_cpp.gguf_files import DIGESTS
@@ -390,6 +391,22 @@ def test_it_decodes_without_the_weights_in_pytorch(name: str, exported: Any, loa
         for how in (policy, replace(policy, lossless=True), FULL):
             ours = each.generate(inputs, policy=how, **GREEDY)
             assert same(ours, loaded(name).generate(inputs, policy=how, **GREEDY))
+
+
+def test_weights_that_were_freed_count_as_loaded_and_changed_ones_do_not(exported: Any) -> None:
+    """A guarantee stands on weights as they were loaded; freed ones are in the files."""
+    for changed in (False, True):
+        adapter = copy.deepcopy(adapter_of("llava"))
+        note_loaded(adapter.backbone)
+        norm = adapter.backbone.norm.weight
+        with LlamaCppRuntime(adapter, exported("llava"), engine=EXACT) as each:
+            if changed:
+                norm.data = norm.data * 2
+            each.release_decoder()
+            assert as_loaded(adapter.backbone) is not changed
+            assert each.release_decoder() == 0
+            norm.data = norm.data * 2
+            assert not as_loaded(adapter.backbone)
 
 
 def test_scales_that_llama_cpp_fits_lie_nearer_to_the_weights(exported: Any) -> None:

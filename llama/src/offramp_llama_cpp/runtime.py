@@ -25,6 +25,7 @@ from offramp.core.engine.generate import write_answers
 from offramp.core.engine.plan import KeptPlans
 from offramp.core.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.core.executors.prefill import Prepared
+from offramp.core.models.as_loaded import still_loaded
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.features.vision_cache import VisionCache
@@ -193,10 +194,11 @@ class LlamaCppRuntime(CalledAsModel):
         kept = self._embeddings.kept.data_ptr()
         modules = (self.backbone.layers, self.adapter.exits.modules, self.backbone.head)
         freed = 0
-        for parameter in [p for module in modules for p in module.parameters()]:
-            if parameter.data_ptr() != kept:
-                freed += parameter.nbytes
-                parameter.data = parameter.data.new_empty(0)
+        with still_loaded(self.backbone):
+            for parameter in [p for module in modules for p in module.parameters()]:
+                if parameter.data_ptr() != kept:
+                    freed += parameter.nbytes
+                    parameter.data = parameter.data.new_empty(0)
         return freed
 
     def host(self, policy: ExitPolicy, vision_cache: VisionCache | None = None) -> LlamaCppHost:

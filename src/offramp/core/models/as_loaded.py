@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +37,17 @@ def as_loaded(backbone: Backbone) -> bool:
         found = same_answers(_LOADED[model], answers_of(model))
         _LOOKED[backbone] = backbone.version(), found
     return found
+
+
+@contextmanager
+def still_loaded(backbone: Backbone) -> Iterator[None]:
+    """Let what is done to a model count as no change, such as freeing weights that the files of an
+    engine hold."""
+    before = as_loaded(backbone)
+    yield
+    if before and backbone.model in _LOADED:
+        _LOADED[backbone.model] = answers_of(backbone.model)
+        _LOOKED.pop(backbone, None)
 
 
 def exits_digest(modules: nn.Module) -> str | None:
