@@ -98,7 +98,7 @@ def figures(told: Told) -> dict[str, Any]:
         if engine == PLAIN:
             read = own[f"trust {READ:g}"]
             found["taken"] = taken(told, own["full"].answers, read.answers)
-    kept = {name: before[name] for name in ("scenes", "certified") if name in before}
+    kept = {name: one for name, one in before.items() if name in ("scenes", "certified")}
     return {"photographs": len(told.examples), "entries": entries, **found, "even": even_at, **kept}
 
 
@@ -161,6 +161,7 @@ def certified(arguments: Namespace) -> dict[str, Any]:
         progress=bar("certified"),
         max_new_tokens=LONGEST["captions"],
     )
+    assert found.measured is not None and found.bound is not None
     return {
         "target": PROMISED,
         "confidence": found.confidence,
