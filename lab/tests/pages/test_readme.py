@@ -28,6 +28,12 @@ def test_no_line_starts_with_a_figure(name: str) -> None:
     assert not re.findall(r"^\s*<!-- figure", page(name), re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_no_figure_stands_in_code(name: str) -> None:
+    """There the comment is shown."""
+    assert not [code for code in re.findall(r"`([^`\n]*)`", page(name)) if "<!--" in code]
+
+
 def test_the_readmes_example_is_short() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
     assert len(example.strip().splitlines()) <= 12
