@@ -15,7 +15,7 @@ from typing import Any
 from examples.photo_vlm.asked import DESCRIBE, FILE, Asked, dialogue, read_asked, worded
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, read_photographs
-from examples.photo_vlm.talk import asked_as_typed, chat_prompt
+from examples.photo_vlm.talk import asked_as_typed, turns_of
 from offramp.core.storage import write_atomic
 from offramp.inputs.example import Example
 
@@ -38,13 +38,8 @@ def of_questions(rows: Sequence[Asked], draw: random.Random) -> Iterator[tuple[s
 
 def of_dialogues(rows: Sequence[Asked], draw: random.Random) -> Iterator[tuple[str, str, str]]:
     for row in rows:
-        rounds = dialogue(row.questions, (), draw)
-        before = ""
-        for number, (text, question) in enumerate(rounds):
-            prompt = before + chat_prompt(text)
-            if number:
-                yield row.image, prompt, question.answer
-            before = f"{prompt}{question.answer}<|im_end|>\n"
+        for prompt, question in [*turns_of(dialogue(row.questions, (), draw))][1:]:
+            yield row.image, prompt, question.answer
 
 
 @command

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,15 @@ class TalkValidation:
 def chat_prompt(text: str) -> str:
     """A message in the form of the base's chat template."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def turns_of(rounds: Sequence[tuple[str, Question]]) -> Iterator[tuple[str, Question]]:
+    """The prompt of each turn, which has the turns before it with people's answers."""
+    before = ""
+    for text, question in rounds:
+        prompt = before + chat_prompt(text)
+        yield prompt, question
+        before = f"{prompt}{question.answer}<|im_end|>\n"
 
 
 def own_captions(

@@ -13,9 +13,10 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, read_asked, worded
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
-from examples.photo_vlm.talk import chat_prompt
+from examples.photo_vlm.talk import turns_of
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
 from offramp.adapter.shipped import shipped_exits
@@ -172,31 +173,31 @@ def dialogues(
     }
 
 
-def ranked(
-    rows: Sequence[Asked], images: Mapping[str, Example], count: int, encoder: InputProcessor
-) -> dict[str, Any]:
-    """VisDial's protocol (Das et al. 2017): by likelihood, where people's answer is among a hundred
-    after the rounds before, which are people's too."""
+def rounds_to_rank(rows: Sequence[Asked], images: Mapping[str, Example]) -> Iterator[Item]:
+    """The turns of a dialogue about each photograph, with people's answers, each with a hundred
+    candidates."""
     answers: dict[str, set[str]] = {}
     for row in rows:
         for question in row.questions:
             answers.setdefault(question.kind, set()).add(question.answer)
-    items: list[Item] = []
     for row in rows:
-        draw = random.Random(f"ranked:{row.image}")
-        before = ""
-        for turn, (text, question) in enumerate(dialogue(row.questions, (), draw)):
-            prompt = before + chat_prompt(text)
-            before = f"{prompt}{question.answer}<|im_end|>\n"
+        draw, picture = random.Random(f"ranked:{row.image}"), images[row.image].image
+        for turn, (prompt, question) in enumerate(turns_of(dialogue(row.questions, (), draw))):
             candidates, gold = among_others(question, answers, draw)
-            key, picture = f"{row.image}:{turn}", images[row.image].image
+            key = f"{row.image}:{turn}"
             example = Example(picture, prompt, (question.answer,), key, row.image)
-            items.append(Item(example, candidates=candidates, gold=gold))
+            yield Item(example, candidates=candidates, gold=gold)
+
+
+def ranked(
+    rows: Sequence[Asked], images: Mapping[str, Example], count: int, encoder: InputProcessor
+) -> dict[str, Any]:
+    """VisDial's protocol (Das et al. 2017): the place of people's answer by its likelihood."""
     model = digest_rows([dump_fingerprint(fingerprint(encoder.backbone))])[:12]
     found = evaluate(
         encoder.backbone,
         encoder,
-        items[:count],
+        [*islice(rounds_to_rank(rows, images), count)],
         "dialogue",
         mode="full",
         out=RUNS / "talk" / f"ranked-{model}",

@@ -394,7 +394,7 @@ def test_it_decodes_without_the_weights_in_pytorch(name: str, exported: Any, loa
 
 
 def test_weights_that_were_freed_count_as_loaded_and_changed_ones_do_not(exported: Any) -> None:
-    """A guarantee stands on weights as they were loaded; freed ones are in the files."""
+    """A guarantee needs the loaded weights; llama.cpp's files hold those that were freed."""
     for changed in (False, True):
         adapter = copy.deepcopy(adapter_of("llava"))
         note_loaded(adapter.backbone)

@@ -180,8 +180,8 @@ class Certificate:
 
 # -- for people ------------------------------------------------------------------------------------
 
-NONE = 1e308
-"""In the place of a difference from NaN or infinity, which JSON does not have."""
+NOT_FINITE = 1e308
+"""Stands for a difference that is NaN or infinite, which JSON does not have."""
 COLUMNS = ("path", "held to", "tokens", "differ", "largest difference", "exact")
 
 
@@ -202,7 +202,7 @@ def _apart(path: PathResult) -> str:
 
 
 def _amount(value: float) -> str:
-    return f"{value:.1e}" if value < NONE else "missing on one side"
+    return f"{value:.1e}" if value < NOT_FINITE else "missing on one side"
 
 
 def _exact(path: PathResult) -> str:
@@ -213,4 +213,4 @@ def _exact(path: PathResult) -> str:
 
 def finite(value: float) -> float:
     """Return a number as JSON allows it: NaN and infinity become the largest float."""
-    return value if math.isfinite(value) else NONE
+    return value if math.isfinite(value) else NOT_FINITE

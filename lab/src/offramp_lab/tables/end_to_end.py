@@ -19,7 +19,7 @@ from offramp_lab.tables.markdown import (
 
 PLAIN, PACKED, F16, Q8 = "PyTorch", "PyTorch, packed", "f16", "q8_0"
 FASTEST = "llama.cpp iq4_nl, head q4_0"
-"""llama.cpp's fastest formats whose captions are as good as those of q8_0."""
+"""llama.cpp alone in the formats in which it is fastest."""
 TOWER, TORCH = "onnxruntime", "torch"
 LARGE = f"{TOWER}, 12 megapixels"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"

@@ -16,18 +16,17 @@ from typing import Any
 from offramp_lab.experiments.factors import LOSSLESS, Name, entries_of
 from offramp_lab.records.batched import Batched, answered
 from offramp_lab.records.photographs import opened as way
-from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
+from offramp_lab.records.photographs.opened import PLAIN, Q8, TORCH, TOWER, Opened
 from offramp_lab.records.photographs.told import Spec, Told, scored
 from offramp_lab.records.record import Group, Record, Turns
 
 PACKED = way.in_format(f"float32, {way.PREPACKED}")
-Q8 = "q8_0"
 RIVALS = (way.RIVAL, *(f"{way.ALONE}{formats}" for formats in ("iq4_nl", Q8, "q4_0")))
 """llama.cpp alone."""
 ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
 """Modes in which questions are answered."""
 TAKEN = "trust 0"
-"""No draft is verified."""
+"""The trust at which no draft is verified."""
 SLOTS = 8
 
 

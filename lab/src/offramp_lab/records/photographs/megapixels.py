@@ -11,11 +11,18 @@ from typing import Any
 
 from offramp_lab.experiments.experiment import same
 from offramp_lab.experiments.factors import LOSSLESS, Name, entries_of
-from offramp_lab.records.photographs.opened import EARLY, FULL_DEPTH, LARGE, RIVAL, SHRUNK, Opened
+from offramp_lab.records.photographs.opened import (
+    EARLY,
+    FULL_DEPTH,
+    LARGE,
+    Q8,
+    RIVAL,
+    SHRUNK,
+    Opened,
+)
 from offramp_lab.records.photographs.told import Spec, Told
 from offramp_lab.records.record import Record
 
-Q8 = "q8_0"
 WAYS = ((RIVAL, FULL_DEPTH), (Q8, FULL_DEPTH), (Q8, EARLY), (Q8, LOSSLESS))
 
 

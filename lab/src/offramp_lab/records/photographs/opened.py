@@ -39,16 +39,16 @@ from offramp_lab.records.subjects import load_photo, photo_exits
 TORCH, TOWER = "torch", "onnxruntime"
 LARGE = f"{TOWER}, 12 megapixels"
 SHRUNK = f"{LARGE}, shrunk on load"
-"""The same tower behind photographs of a camera's size, in the second decoded smaller."""
+"""The tower of ways that open photographs of 12 megapixels: whole, and shrunk on load."""
 PIXELS, JPEG = 12 * 10**6, 90
-"""Of photographs enlarged, and the quality of their files."""
+"""Pixels of an enlarged photograph, and the quality of its file."""
 PLAIN, STOCK = "PyTorch", "generate"
 """Engines in float32; with a format behind them (`in_format`) in others."""
 ALONE, ITS_KERNELS = "llama.cpp ", ", its own kernels"
 """Before a format: llama.cpp without exits. Behind one: ours with llama.cpp's kernels."""
-HEAD = ", head "
+Q8, HEAD = "q8_0", ", head "
 RIVAL = f"{ALONE}iq4_nl{HEAD}q4_0"
-"""llama.cpp's fastest formats whose captions are as good as those of q8_0."""
+"""llama.cpp alone in the formats in which it is fastest."""
 PREPACKED, COMPILED = "packed", "compiled"
 STOCK_COMPILED = f"{STOCK}, static cache, {COMPILED}"
 HOW: dict[str, tuple[str, str | None]] = {
@@ -270,7 +270,7 @@ class Opened:
         return torch_way(self.stages, encoder, self.llama(adapter, engine, kind, tower), policy)
 
     def llama(self, adapter: Adapter, engine: str, kind: str, tower: str) -> Any:
-        """An adapter's runtime inside llama.cpp. kind: sets its files apart from others'."""
+        """Return an adapter's runtime inside llama.cpp. kind: in the name of its files."""
         if (engine, kind, tower) not in self._models:
             formats = engine.removesuffix(ITS_KERNELS)
             folder = self.work / f"{formats}-{kind}"
@@ -290,7 +290,7 @@ class Opened:
         return _way(self.stages, encoder, lambda most: partial(alone, max_new_tokens=most))
 
     def _enlarged(self, example: Example) -> Example:
-        """A photograph in a file of as many pixels as a camera's, made when it is first asked."""
+        """Return the photograph in a file of `PIXELS`, which the first call makes."""
         file = self.work / "enlarged" / f"{digest_rows([example.key])[:16]}.jpg"
         if not file.is_file():
             file.parent.mkdir(exist_ok=True)

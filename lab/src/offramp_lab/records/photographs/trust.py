@@ -35,7 +35,7 @@ from offramp_lab.experiments.experiment import Rates, bar, identical, times
 from offramp_lab.experiments.factors import LOSSLESS, Name
 from offramp_lab.places import RUNS
 from offramp_lab.records.photographs import opened as way
-from offramp_lab.records.photographs.opened import PLAIN, TOWER, Opened
+from offramp_lab.records.photographs.opened import PLAIN, Q8, TOWER, Opened
 from offramp_lab.records.photographs.told import AFTER_PICTURE, Spec, Told, worth
 from offramp_lab.records.record import Record, Turns, asked
 from offramp_lab.records.subjects import halves, text_of, tiny_with
@@ -43,10 +43,10 @@ from offramp_lab.records.subjects import halves, text_of, tiny_with
 RECORD = Record("trust", "photographs")
 LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
 THRESHOLDS = {way.EARLY: "as ships", way.CAREFUL: "careful", way.LESS: "0.6 / 0.7"}
-ENGINES = {PLAIN: "torch", "q8_0": "llama.cpp q8_0"}
+ENGINES = {PLAIN: "torch", Q8: "llama.cpp q8_0"}
 TINY_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 PROMISED = 0.0625
-"""Of CIDEr, that may be lost."""
+"""CIDEr that may be lost."""
 SCENES = 100
 """Each with a caption and two questions, of the tiny models' world."""
 RESAMPLED = 2000
@@ -144,8 +144,8 @@ def taken(
 
 
 def certified(arguments: Namespace) -> dict[str, Any]:
-    """The lowest trust in q8_0 that loses at most `PROMISED` of CIDEr, with confidence, on the
-    photographs that choose."""
+    """Return the lowest trust in q8_0 that is promised to lose at most `PROMISED`, and its risk, by
+    the choosing half."""
     opened = Opened(arguments.adapter, RUNS / "photographs")
     adapter, scale = opened.adapter, SCALES["cider_drop"]
     choosing, _ = halves(arguments.data)
@@ -157,7 +157,7 @@ def certified(arguments: Namespace) -> dict[str, Any]:
         target=PROMISED / scale,
         risk="cider_drop",
         frequencies=read_photographs(arguments.data)["captions"],
-        runtime=opened.llama(adapter, "q8_0", "exits", TOWER),
+        runtime=opened.llama(adapter, Q8, "exits", TOWER),
         progress=bar("certified"),
         max_new_tokens=LONGEST["captions"],
     )
