@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import offramp
 from offramp.adapter.adapter import Adapter
+from offramp.calibration.trust_path import NOTHING
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.exits import Exits, ExitSet
 from offramp_vllm.exports.draft_model import save_draft_model
@@ -54,6 +56,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
     "qwen3_moe": {**ROPE, **make_vlms.MIXTURE},
     "mixtral": {**ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "ends": {**ROPE, "model_type": "llama", "eos_token_id": [*range(2, WORDS, 8)]},
+    "ends_on": {**ROPE, "model_type": "llama", "eos_token_id": [*range(2, WORDS, 8)]},
     "short": {**ROPE, "model_type": "llama", "num_hidden_layers": 4},
     "opt": {
         "vocab_size": WORDS,
@@ -90,6 +94,8 @@ AT = {2: 0.7, 4: 0.7}
 ADAPTERS = "one", "two"
 NEW = 20
 PROMPTS = 24
+TRUSTS = "ends", "ends_on"
+"""Models whose answers end by a token, and whose exits answer early by trust."""
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -138,9 +144,9 @@ def make(folder: Path, name: str) -> None:
     backbone = offramp.Backbone.from_pretrained(folder / "model", dtype="float32")
     if name not in make_vlms.KINDS:  # as a self-check of theirs shows: first tokens exit
         backbone.learn(causal_prompt=True, lossless=True)
-    chat = name == "photo-chat"
+    chat, trusts = name == "photo-chat", name in TRUSTS
     depths = (2, 4) if name == "llama" or chat else (2,)
-    exits = Exits(backbone, depths, kind="drafting" if chat else "layer")
+    exits = Exits(backbone, depths, kind="drafting" if chat or name == "ends_on" else "layer")
     for weight in exits.parameters():
         weight.data += 0.1 * weight.data.std() * torch.randn_like(weight)
     shortlist = torch.arange(3, WORDS, 3) if name in ("qwen3", "opt") else None
@@ -151,6 +157,8 @@ def make(folder: Path, name: str) -> None:
     policy = _half_leaves(backbone, attached, depths, inputs, shortlist is not None)
     if chat:  # ships without thresholds, so that a request gives one
         policy = ExitPolicy(drafts={2: 0.1}, lossless=True)
+    if trusts:
+        policy = _half_taken(backbone, attached, inputs)
     adapter = Adapter(backbone, attached, policy)
     adapter.save(folder / "exits")
     adapter = Adapter.load(folder / "exits", backbone)
@@ -241,6 +249,15 @@ def _half_leaves(backbone: Any, exits: Any, depths: Any, inputs: Any, short: boo
     return ExitPolicy(
         {d: round(at, 4) for d in depths}, shortlist=short, first={depths[0]: round(at * 0.9, 4)}
     )
+
+
+def _half_taken(backbone: Any, exits: Any, inputs: Any) -> ExitPolicy:
+    """A trust at which about half of the drafts that end an answer are taken."""
+    policy = ExitPolicy(drafts={2: 0.0}, max_draft=12, trust=NOTHING)
+    made = [_run(backbone, exits, one, policy) for one in inputs]
+    products = sorted(product for one in made for product, _ in one.offers[0])
+    half = len(products) // 2
+    return replace(policy, trust=sum(products[half : half + 2]) / 2)
 
 
 def _texts(ids: list[int]) -> dict[str, Any]:

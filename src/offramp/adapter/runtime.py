@@ -32,7 +32,7 @@ class Runtime(Protocol):
 class Asked(Protocol):
     """An engine that reads images itself, such as a server's: it is asked by examples.
 
-    name, rows: as of `Runtime`.
+    name, rows: as of `Runtime`. drafts: whether it has the drafts of the adapter's exits.
     """
 
     @property
@@ -40,6 +40,9 @@ class Asked(Protocol):
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def drafts(self) -> bool: ...
 
     def answers(
         self, examples: Sequence[Any], policy: ExitPolicy | None, **options: Any

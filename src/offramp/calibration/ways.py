@@ -263,11 +263,15 @@ def _waited(
     policies: Mapping[str, ExitPolicy],
 ) -> dict[str, list[float]]:
     """Seconds that a server takes for each answer, one after the other. Whether it drafts was
-    decided as it started, so lossless decoding is left out."""
-    early = {name: policy for name, policy in policies.items() if not policy.lossless}
-    took: dict[str, list[float]] = {name: [] for name in ("full", *early)}
+    decided as it started: lossless decoding is left out where it does not."""
+    ways = {
+        name: policy
+        for name, policy in {"full": FULL, **policies}.items()
+        if server.drafts or not policy.lossless
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
     for example in (examples[0], *examples):  # the first warms up
-        for name, policy in {"full": FULL, **early}.items():
+        for name, policy in ways.items():
             begin = time.perf_counter()
             server.answers([example], policy, **options)
             took[name].append(time.perf_counter() - begin)

@@ -144,9 +144,8 @@ def _taken(
     from vllm.exceptions import VLLMValidationError
 
     from offramp_vllm.adapter import read_exported
-    from offramp_vllm.policy import asked
     from offramp_vllm.refuse import Refused
-    from offramp_vllm.settings import folder_of, wanted
+    from offramp_vllm.settings import folder_of, served, wanted
 
     config = processor.vllm_config
     extra = getattr(params, "extra_args", None)
@@ -155,7 +154,7 @@ def _taken(
         if rule is None:
             rule = processor.__dict__["offramp_rule"] = read_exported(folder_of(config)).rule
         try:
-            asked(rule, extra, drafts=config.speculative_config is not None)
+            served(config, rule, extra)
         except Refused as error:  # a server makes a bad request of this class alone
             raise VLLMValidationError(str(error)) from error
     return theirs(processor, request_id, prompt, params, *args, **kw)

@@ -49,7 +49,8 @@ class Step:
     whose logits vLLM asks for [N], a tensor; None: the last of each request. exits: whether an exit
     is asked or drafts in this step; if not, none runs. again: for each request [R] how often its
     token has been put off; -1: its token may not be. greedy: whether of the logits nothing but the
-    likeliest tokens is wanted.
+    likeliest tokens is wanted. taken: drafts on after what the first exit says [A, S] of first
+    tokens [A], and returns whether the drafts end the answer and are taken [A].
 
     tokens: the likeliest [R], a tensor, -1 where put off; None: vLLM gets logits. depths: layers
     run for each request's next token [R]. off: requests whose token is put off [O]. said: rows [A]
@@ -72,6 +73,7 @@ class Step:
     exits: bool
     again: Ints
     greedy: bool
+    taken: Callable[[Ints, Tensor], Flags]
     tokens: Tensor | None = None
     depths: Ints = field(init=False)
     off: Ints = field(init=False)
@@ -306,6 +308,7 @@ class Early:
         leaving = fetched(_agreed(may))
         if place == 0:  # a token that was put off has been asked there
             leaving = leaving & (step.again[rows] < 1)
+            leaving = leaving | step.taken(rows, logits)
         out = rows[leaving]
         step.said.append((out, logits.index_select(0, sent(np.flatnonzero(leaving), logits))))
         step.depths[out] = self.exported.depths[place]

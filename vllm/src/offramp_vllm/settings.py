@@ -13,11 +13,12 @@ from typing import Any
 from offramp_vllm import tell
 from offramp_vllm.adapter import exits_at, read_exported
 from offramp_vllm.attach import MoreLayers
-from offramp_vllm.drafts import NAME, ON_A_CPU
+from offramp_vllm.drafts import NAME, ON_A_CPU, exits_draft
+from offramp_vllm.policy import MODES, Asked, Rule, asked
 from offramp_vllm.refuse import Refused, check_config
 
 log = logging.getLogger("vllm.offramp")
-KEY, EXITS, WATCH = "offramp", "exits", "watch"
+KEY, EXITS, WATCH, MODE = "offramp", "exits", "watch", "mode"
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -25,17 +26,20 @@ def wanted(additional: Any) -> Mapping[str, Any] | None:
     """The entry of an additional configuration; None where exits are not asked for.
 
     Raises:
-        Refused: it is not {"exits": FOLDER}, with a share from 0 to 1 as "watch" or without.
+        Refused: it is not {"exits": FOLDER}, with a share from 0 to 1 as "watch", and a mode, or
+            without.
     """
     if not isinstance(additional, Mapping) or KEY not in additional:
         return None
     entry = additional[KEY]
     share = entry.get(WATCH, 0.0) if isinstance(entry, Mapping) else None
     good = isinstance(share, int | float) and 0 <= share <= 1 and isinstance(entry.get(EXITS), str)
-    if not good or not {EXITS, WATCH} >= set(entry):
+    good = good and entry.get(MODE, MODES[0]) in MODES
+    if not good or not {EXITS, WATCH, MODE} >= set(entry):
         raise Refused(
             f"{entry!r} under {KEY!r} of --additional-config.",
-            'Give {"exits": "FOLDER"} there, and as "watch" a share of answers, from 0 to 1.',
+            'Give {"exits": "FOLDER"} there, as "watch" a share of answers, from 0 to 1, and as '
+            f'"mode" of requests that name none {", ".join(MODES)}.',
         )
     return entry
 
@@ -52,6 +56,23 @@ def watched_share(config: Any) -> float:
     entry = wanted(config.additional_config)
     assert entry is not None
     return float(entry.get(WATCH, 0.0))
+
+
+def served(config: Any, rule: Rule, extra: Mapping[str, Any] | None) -> Asked:
+    """What a request asks for, of a server. config: vLLM's whole. rule, extra: as of `asked`.
+
+    Raises:
+        Refused: as `asked` says.
+    """
+    entry = wanted(config.additional_config)
+    assert entry is not None
+    return asked(
+        rule,
+        extra,
+        drafts=config.speculative_config is not None,
+        by_exits=exits_draft(config),
+        own=entry.get(MODE),
+    )
 
 
 def prepare(arguments: Any) -> None:
@@ -143,5 +164,7 @@ def tell_guarantees(config: Any) -> None:
         "device": config.device_config.device_type,
     }
     found = [*tell.guarantees(exported.calibrations, exported.policy, here)]
+    if exported.rule.trust is not None and not exits_draft(config):
+        found = [one._replace(reason="the server has none of the exits' drafts") for one in found]
     log.info("Exits at %s: %s.", exported.depths, tell.in_words(found))
     tell.show(found)

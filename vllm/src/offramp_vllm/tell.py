@@ -10,25 +10,38 @@ from typing import Any, NamedTuple
 from offramp_vllm.watch import COPY
 
 KEY = "offramp"
-"""What stands beside an answer's text: {"depths": [...]}. On its way from the engine's process it
-is an entry of `kv_transfer_params`, the one field there that takes any; none leaves in that."""
+"""What stands beside an answer's text: {"depths": [...]}, and where a trust above 1 was asked for
+"offers": answers by drafts, with the trust that would have taken them. On its way from the engine's
+process it is an entry of `kv_transfer_params`, the one field there that takes any; none leaves in
+that."""
 WATCHED, CHECKED = "offramp_watched", "offramp_checked"
 """There too: whether a watched answer's copy is the same, and what the check at start found."""
 SERVED_BY = "vllm"
 """The engine's name in a guarantee's conditions."""
-_DEFAULTS: Mapping[str, Any] = {"first": {}, "gates": {}, "weights": {}, "visual_keep": 1.0}
+_DEFAULTS: Mapping[str, Any] = {
+    "first": {},
+    "gates": {},
+    "weights": {},
+    "visual_keep": 1.0,
+    "trust": -1.0,
+}
 """Of a policy that leaves them out."""
 _OF_POLICY = ("thresholds", "score", "kv", "exit_in_prefill", "shortlist", *_DEFAULTS)
 
 
-def attach(outputs: Mapping[int, Any], depths: Mapping[str, Sequence[int]]) -> None:
-    """Put the depth of each request's new tokens beside them. outputs: EngineCoreOutputs by client.
-    depths: by request; the last one is that of all tokens after it."""
+def attach(
+    outputs: Mapping[int, Any],
+    depths: Mapping[str, Sequence[int]],
+    offers: Mapping[str, Sequence[Any]],
+) -> None:
+    """Put the depth of each request's new tokens beside them, and what drafts offered. outputs:
+    EngineCoreOutputs by client. depths: by request; the last one is that of all tokens after it."""
     for client in outputs.values():
         for output in client.outputs:
             found, new = depths.get(output.request_id), len(output.new_token_ids)
             if found is not None and new:
                 told = {"depths": [*found[:new], *found[-1:] * (new - len(found))]}
+                told |= {"offers": offers.get(output.request_id, ())}
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: told}
 
 
@@ -42,10 +55,12 @@ def watched(outputs: Mapping[int, Any], same: Mapping[str, bool | None]) -> None
 
 
 class Depths:
-    """Depths of the answers that are being written, in the process that hands them out."""
+    """Depths of the answers that are being written, and what drafts offered, in the process that
+    hands them out."""
 
     def __init__(self) -> None:
         self._of: dict[str, list[int]] = {}
+        self._offers: dict[str, list[Any]] = {}
 
     def gather(self, outputs: Iterable[Any]) -> None:
         """Take what the engine told out of each output."""
@@ -64,17 +79,19 @@ class Depths:
             for depth in told["depths"]:
                 _tokens().labels(depth=str(depth)).inc()
             self._of.setdefault(output.request_id, []).extend(told["depths"])
+            self._offers.setdefault(output.request_id, []).extend(told["offers"])
 
     def put(self, request: str, output: Any, *, new: bool) -> None:
         """Put depths beside a CompletionOutput. new: of its tokens alone; else the answer's."""
         depths = self._of.get(request)
         if depths is not None:
             output.offramp_depths = depths[len(depths) - len(output.token_ids) if new else 0 :]
+            output.offramp_offers = self._offers[request]
 
     def forget(self, going_on: Mapping[str, Any]) -> None:
         """Forget the answers that are over. going_on: by request."""
         for request in [one for one in self._of if one not in going_on]:
-            del self._of[request]
+            del self._of[request], self._offers[request]
 
 
 def choices(answer: Any, outputs: Iterable[Any]) -> Any:
@@ -85,7 +102,8 @@ def choices(answer: Any, outputs: Iterable[Any]) -> Any:
     for choice, output in zip(getattr(answer, "choices", ()), outputs, strict=False):
         depths = getattr(output, "offramp_depths", None)
         if depths is not None:
-            setattr(choice, KEY, {"depths": depths})
+            offers = output.offramp_offers
+            setattr(choice, KEY, {"depths": depths} | ({"offers": offers} if offers else {}))
     return answer
 
 
@@ -139,7 +157,8 @@ def guarantees(
     policy: that serves. here: what else decides answers, by the names of a calibration's
     conditions.
     """
-    served = {**{n: policy.get(n, _DEFAULTS.get(n)) for n in _OF_POLICY}, **here}
+    names = _OF_POLICY + (("max_draft",) if "trust" in policy else ())
+    served = {**{n: policy.get(n, _DEFAULTS.get(n)) for n in names}, **here}
     for one in calibrations:
         then = one.get("conditions") or {}
         reason = "nothing was measured" if one.get("measured") is None else ""

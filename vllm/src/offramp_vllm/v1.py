@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,10 @@ from offramp_vllm.adapter import Exported, read_exported
 from offramp_vllm.attach import exits_loaded, plain_exits
 from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
-from offramp_vllm.policy import LOSSLESS, Asked, asked
+from offramp_vllm.policy import Asked
 from offramp_vllm.refuse import WITHOUT, Refused
-from offramp_vllm.rows import Ints, Ragged, fetched, sent, slots_of, verified
-from offramp_vllm.settings import features_joined, folder_of, watched_share
+from offramp_vllm.rows import Flags, Ints, Ragged, fetched, sent, slots_of, verified
+from offramp_vllm.settings import features_joined, folder_of, served, watched_share
 from offramp_vllm.stages import layers_of, states_like
 from offramp_vllm.store import Store
 from offramp_vllm.watch import Watch
@@ -82,6 +83,15 @@ class _Request:
         return rule.off.first if self.whole else rule.first
 
 
+@dataclass
+class _Round:
+    """What the first exit drafted of an answer. ids: drafts that are not verified yet. product: of
+    the scores of all."""
+
+    ids: list[int]
+    product: float = 1.0
+
+
 class ExitRunner:
     """Goes in front of vLLM's model runner: exits are loaded, kept states live beside the cache,
     and each step knows its requests' rules."""
@@ -96,6 +106,8 @@ class ExitRunner:
     _ahead: list[Step]
     _drafts_at_most = 0
     _put_off: Mapping[str, int] = {}
+    _over: dict[str, list[int]]
+    _offers: dict[str, list[Any]]
     _grammar: Any = None
 
     def load_model(self, *args: Any, **kw: Any) -> None:
@@ -159,6 +171,7 @@ class ExitRunner:
         self._grammar = grammar and (grammar, scheduler_output.scheduled_spec_decode_tokens)
         self._drafts_at_most = scheduler_output.num_spec_tokens_to_schedule
         self._stepping, self._begun = True, time.perf_counter()
+        self._over, self._offers = {}, {}
         try:
             return super().execute_model(scheduler_output, *args, **kw)  # type: ignore[misc]
         finally:
@@ -192,7 +205,12 @@ class ExitRunner:
                 self._put_off = {ids[row]: 1 for row in last}
                 moved = {one: len(self._ahead) - (row in last) for row, one in enumerate(ids)}
             output.offramp_moved = moved
-            output.offramp_depths = dict(zip(ids, zip(*depths, strict=True), strict=True))
+            told = dict(zip(ids, zip(*depths, strict=True), strict=True))
+            for one, drafts in self._over.items():
+                said = len(output.sampled_token_ids[ids.index(one)])
+                told[one] = (*told[one] * said, *[self.exported.depths[0]] * len(drafts))
+            output.offramp_depths, output.offramp_over = told, self._over
+            output.offramp_offers = self._offers
         return output
 
     def _sample(self, logits: Any, drafted: Any) -> Any:
@@ -219,7 +237,7 @@ class ExitRunner:
         budgets = batch.thinking_budget_state_holder
         return bool(
             batch.all_greedy
-            and all(type(one) in _KNOWN for one in batch.logitsprocs.non_argmax_invariant)
+            and _known_processors(batch)
             and batch.max_num_logprobs is None
             and not batch.logprob_token_ids
             and not any(self._request(one).changed for one in me.input_batch.req_ids)
@@ -278,53 +296,144 @@ class ExitRunner:
         return bool(fetched(_agreed(torch.tensor([quick], device=me.device).to(torch.uint8)))[0])
 
     def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
-        """What the first exit says after the new tokens of each lossless request, while it is sure
-        and the answer may go on. lengths: tokens of each request, the new ones included."""
+        """What the full model is to verify after the new tokens of each request: what is left of
+        the round before, or what the first exit says while it is sure and the answer may go on.
+        Drafts that end an answer, and are trusted, are taken. lengths: tokens of each request, the
+        new ones included."""
         me: Any = self
-        step, early = me.early.step, me.early
-        made = [list[int]() for _ in sampled]
-        known = [self._request(one) for one in me.input_batch.req_ids]
-        room = [self._room(*one) for one in enumerate(sampled)]
-        asking = [row for row, left in enumerate(room) if left]
-        if step is None or not asking:
+        step, early, ids = me.early.step, me.early, me.input_batch.req_ids
+        made, room = [list[int]() for _ in sampled], dict[int, int]()
+        for row, new in enumerate(sampled):
+            most = 0 if step is None or not new else self._room(row, int(lengths[row]), new[-1])
+            left = self._left(row, new)
+            if most and left:
+                made[row] = left[: self._drafts_at_most]
+            elif most:
+                room[row] = most
+        if not room:
             return made
-        rows = np.array(asking, dtype=np.int64)
-        place = np.array([int(lengths[row]) - 1 for row in asking], dtype=np.int64)
-        token = torch.tensor([sampled[row][-1] for row in asking], device=me.device)
-        before = early.drafted
-        if before is not None:
+        rows = np.array([*room], dtype=np.int64)
+        place = np.array([int(lengths[row]) - 1 for row in room], dtype=np.int64)
+        token = torch.tensor([sampled[row][-1] for row in room], device=me.device)
+        if early.drafted is not None:
             at = (step.starts[1:] - step.seq_lens)[rows] + place - 1
-            before = before.index_select(0, sent(at, before))
-        sure = torch.ones(len(asking), device=me.device)
-        with set_forward_context(None, me.vllm_config, len(asking), slot_mapping={}):
-            while len(rows):
-                with self._attending(Ragged(rows, place, place + 1)):
-                    logits = early.draft(token, self._positions(rows, place), before)
-                sure, said = sure * early.score(logits), logits.argmax(-1)
-                token = said if early.head.ids is None else early.head.ids[said]
-                # In one tensor, so that the host waits once.
-                both = torch.stack([token, (sure >= self.exported.rule.drafts).to(token)])
-                words, on = fetched(_agreed(both)).tolist()
-                for at, (row, one) in enumerate(zip(rows.tolist(), words, strict=True)):
-                    if on[at]:
-                        made[row].append(one)
-                        on[at] = len(made[row]) < room[row] and one not in known[row].ends
-                going = np.flatnonzero(on)
-                rows, place, kept = rows[going], place[going] + 1, sent(going, token)
-                token = torch.tensor([words[at] for at in going], device=me.device)
-                sure = sure.index_select(0, kept)
-                before = None if before is None else early.drafted.index_select(0, kept)
+            early.drafted = early.drafted.index_select(0, sent(at, early.drafted))
+        with set_forward_context(None, me.vllm_config, len(room), slot_mapping={}):
+            rounds = self._draft_on(rows, self._drafted(rows, token, place), place + 1, room)
+        for row, one in rounds.items():
+            if self._takes(row, one):
+                self._over[ids[row]] = one.ids
+                continue
+            made[row] = one.ids[: self._drafts_at_most]
+            if self._may_take(row):
+                me.requests[ids[row]].offramp_round = one
         return made
 
-    def _room(self, row: int, new: Sequence[int]) -> int:
-        """How many drafts a request may get."""
+    def _opening(self, rows: Ints, logits: Tensor) -> Flags:
+        """Whether drafts that begin with what the first exit says of first tokens [A, S] end the
+        answers of requests [A], and are trusted."""
+        me: Any = self
+        step, early, ids = me.early.step, me.early, me.input_batch.req_ids
+        taken = np.zeros(len(rows), dtype=np.bool_)
+        room = {row: self._room(row, int(step.seq_lens[row])) for row in rows.tolist()}
+        at = np.flatnonzero([self._may_take(row) and room[row] > 0 for row in room])
+        if not len(at):
+            return taken
+        call, own = early.drafted, rows[at]
+        if call is not None:
+            early.drafted = call.index_select(0, sent(step.last[own], call))
+        said = logits.index_select(0, sent(at, logits))
+        rounds = self._draft_on(own, said, step.seq_lens[own], room)
+        early.drafted = call
+        for place, (row, one) in zip(at, rounds.items(), strict=True):
+            taken[place] = self._takes(row, one)
+            if taken[place]:
+                self._over[ids[row]] = one.ids[1:]  # vLLM samples the first of them
+            else:
+                me.requests[ids[row]].offramp_round = one
+        return taken
+
+    def _draft_on(
+        self, rows: Ints, logits: Tensor, place: Ints, room: Mapping[int, int]
+    ) -> dict[int, _Round]:
+        """Drafts of requests [N], the first by logits [N, S]. place: of that [N]. room: how many a
+        request may get."""
+        me: Any = self
+        early = me.early
+        known = {row: self._request(me.input_batch.req_ids[row]) for row in rows.tolist()}
+        rounds = {row: _Round([]) for row in rows.tolist()}
+        sure = torch.ones(len(rows), device=me.device)
+        while True:
+            sure, token = sure * early.score(logits), early.head.likeliest(logits)
+            # In one tensor, so that the host waits once.
+            both = torch.stack([token.double(), sure.double()])
+            words, products = fetched(_agreed(both)).tolist()
+            going = []
+            for at, row in enumerate(rows.tolist()):
+                one = rounds[row]
+                if products[at] < known[row].asked.rule.drafts:
+                    continue
+                one.ids.append(int(words[at]))
+                one.product = products[at]
+                if len(one.ids) < room[row] and one.ids[-1] not in known[row].ends:
+                    going.append(at)
+            if not going:
+                return rounds
+            kept = sent(np.array(going), token)
+            rows, place = rows[going], place[going]
+            token, sure = token.index_select(0, kept), sure.index_select(0, kept)
+            if early.drafted is not None:
+                early.drafted = early.drafted.index_select(0, kept)
+            logits, place = self._drafted(rows, token, place), place + 1
+
+    def _drafted(self, rows: Ints, token: Tensor, place: Ints) -> Tensor:
+        """What the first exit says [N, S] after tokens [N] of requests, drafting on."""
+        me: Any = self
+        with self._attending(Ragged(rows, place, place + 1)):
+            logits: Tensor = me.early.draft(token, self._positions(rows, place), me.early.drafted)
+        return logits
+
+    def _room(self, row: int, length: int, newest: int = -1) -> int:
+        """How many drafts a request may get after so many tokens."""
         me: Any = self
         one = me.input_batch.req_ids[row]
         known = self._request(one)
-        if not new or new[-1] in known.ends or known.asked.mode != LOSSLESS:
+        if one in self._over or newest in known.ends or known.asked.rule.trust is None:
             return 0
-        left = known.most - len(me.requests[one].output_token_ids) - 1
-        return max(0, min(self._drafts_at_most, left))
+        left = min(known.most - len(me.requests[one].output_token_ids), me.max_model_len - length)
+        if self._may_take(row):  # the last draft is not fed by one that runs the layers below it
+            return max(0, min(known.asked.rule.longest, left - 1) + (me.early.drafted is None))
+        return max(0, min(self._drafts_at_most, left - 1))
+
+    def _left(self, row: int, new: Sequence[int]) -> list[int]:
+        """The drafts of a request's round that its new tokens leave: none after another token."""
+        me: Any = self
+        request = me.requests[me.input_batch.req_ids[row]]
+        left: list[int] = getattr(request, "offramp_round", _Round([])).ids
+        for token in new:
+            left = left[1:] if left[:1] == [token] else []
+        request.offramp_round = _Round(left)
+        return left
+
+    def _may_take(self, row: int) -> bool:
+        me: Any = self
+        takes = self._request(me.input_batch.req_ids[row]).asked.rule.takes
+        return takes and me.early.on and _known_processors(me.input_batch.sampling_metadata)
+
+    def _takes(self, row: int, made: _Round) -> bool:
+        """Whether drafts end a request's answer and are trusted. At a trust above 1, by which none
+        are, what they offer is told."""
+        me: Any = self
+        one = me.input_batch.req_ids[row]
+        known = self._request(one)
+        trust = known.asked.rule.trust
+        ends = bool(made.ids) and made.ids[-1] in known.ends
+        if not ends or trust is None or not self._may_take(row):
+            return False
+        if trust > 1:
+            ids = *me.requests[one].output_token_ids, *made.ids
+            self._offers[one] = [{"trust": made.product, "tokens": ids}]
+        return made.product >= trust
 
     def _positions(self, rows: Ints, places: Ints) -> Tensor:
         """Positions [N] of tokens after the prompt; [3, N] where they are of time, height and
@@ -352,8 +461,8 @@ class ExitRunner:
         name = me.attn_groups[self._group][0].layer_names[0]
         slots = get_forward_context().slot_mapping[name][: starts[-1]]
         changed = any(r.changed for r in known)
-        modes = [r.asked.mode for r in known]
-        drafting = LOSSLESS in modes and self._drafts_at_most > 0 and exits_draft(me.vllm_config)
+        trusts = [r.asked.rule.trust for r in known if r.asked.rule.trust is not None]
+        drafting = exits_draft(me.vllm_config) and bool(trusts)
         leaving = self.early.on and any(r.asked.rule.is_on for r in known)
         greedy = leaving and not _drafts(me.vllm_config) and self._plain(batch.sampling_metadata)
         may = me.speculative_config is None or exits_draft(me.vllm_config)
@@ -379,6 +488,7 @@ class ExitRunner:
             exits=drafting or leaving,
             again=np.where(partial, -1, again),
             greedy=greedy,
+            taken=self._opening,
         )
 
     def _request(self, one: str) -> _Request:
@@ -387,7 +497,8 @@ class ExitRunner:
         request, config = me.requests[one], me.vllm_config
         found: _Request | None = getattr(request, "offramp", None)
         if found is None:
-            found = _known(self.exported, request.sampling_params, _drafts(config))
+            params = request.sampling_params
+            found = _known(served(config, self.exported.rule, params.extra_args), params)
             # Where features of images join further states, offramp too reads the prompt whole.
             if request.mm_features and features_joined(config.model_config.hf_config):
                 found = replace(found, whole=True)
@@ -504,10 +615,11 @@ def _drafts(config: VllmConfig) -> bool:
     return config.speculative_config is not None
 
 
-def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
-    wanted = asked(exported.rule, params.extra_args, drafts=drafts)
-    if not _scored(params):
-        wanted = Asked(wanted.mode, wanted.rule.off)
+def _known_processors(batch: Any) -> bool:
+    return all(type(one) in _KNOWN for one in batch.logitsprocs.non_argmax_invariant)
+
+
+def _known(wanted: Asked, params: Any) -> _Request:
     changed = bool(
         params.repetition_penalty != 1.0
         or params.presence_penalty
@@ -518,17 +630,22 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         or params.bad_words
         or params.structured_outputs is not None
     )
+    greedy = params.sampling_type == SamplingType.GREEDY
+    rule, plain = wanted.rule, not params.stop and not params.repetition_detection
+    # Nothing corrects drafts that are taken: what else decides tokens or ends is the full model's.
+    if rule.takes and not (greedy and plain and not changed and params.logprobs is None):
+        wanted = Asked(wanted.mode, rule.lossless)
+    elif not _scored(params):
+        wanted = Asked(wanted.mode, rule.off if rule.trust is None else rule.lossless)
     return _Request(
         wanted,
         changed,
         params.prompt_logprobs is not None,
-        greedy=params.sampling_type == SamplingType.GREEDY,
+        greedy=greedy,
         ends=set() if params.ignore_eos else params.all_stop_token_ids,
         most=params.max_tokens,
         # A stream gets each token as it is there.
-        ahead=params.output_kind == RequestOutputKind.FINAL_ONLY
-        and not params.stop
-        and not params.repetition_detection,
+        ahead=params.output_kind == RequestOutputKind.FINAL_ONLY and plain,
     )
 
 
@@ -645,14 +762,15 @@ class ExitScheduler(Scheduler):
         super().__init__(*args, **kw)
         self._exported = read_exported(folder_of(self.vllm_config))
         # Of drafts and of tokens that the runner writes on its own keys are written first.
+        rule = self._exported.rule
         if exits_draft(self.vllm_config):
-            self.num_lookahead_tokens = self.num_spec_tokens
+            self.num_lookahead_tokens = max(self.num_spec_tokens, rule.longest + 1)
         elif not _drafts(self.vllm_config):
             self.num_lookahead_tokens = AHEAD
+        self._asked = partial(served, self.vllm_config, rule)
         self._watch = Watch(
-            self._exported,
+            self._asked,
             watched_share(self.vllm_config),
-            drafts=_drafts(self.vllm_config),
             priority=self.policy == SchedulingPolicy.PRIORITY,
         )
 
@@ -666,32 +784,37 @@ class ExitScheduler(Scheduler):
         return getattr(scheduler_output, GRAMMAR)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        made = model_runner_output
+        for one, drafts in getattr(made, "offramp_over", {}).items():
+            # vLLM never proposed them, so it must count none as accepted.
+            scheduler_output.scheduled_spec_decode_tokens.pop(one, None)
+            made.sampled_token_ids[made.req_id_to_index[one]] += drafts
         ran = [self.requests.get(one) for one in scheduler_output.num_scheduled_tokens]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         over = [one for one in ran if one is not None and one.is_finished()]
         tell.watched(outputs, {one.request_id: self._watch.same(one) for one in over})
         for again in self._watch.over(over):
             self.add_request(again)
-        tell.attach(outputs, getattr(model_runner_output, "offramp_depths", {}))
-        for one, tokens in getattr(model_runner_output, "offramp_moved", {}).items():
+        told = (getattr(made, name, {}) for name in ("offramp_depths", "offramp_offers"))
+        tell.attach(outputs, *told)
+        for one, tokens in getattr(made, "offramp_moved", {}).items():
             request = self.requests.get(one)
             if request is not None and request.num_computed_tokens:  # not preempted meanwhile
                 request.num_computed_tokens += tokens
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        lossless: Callable[[str], bool] = self._is_lossless
+        verifies: Callable[[str], bool] = self._verifies
         draft_token_ids.draft_token_ids = [
-            drafts if lossless(one) else []
+            drafts if verifies(one) else []
             for one, drafts in zip(
                 draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
             )
         ]
         super().update_draft_token_ids(draft_token_ids)
 
-    def _is_lossless(self, one: str) -> bool:
+    def _verifies(self, one: str) -> bool:
         request = self.requests.get(one)
         if request is None or request.sampling_params is None:
             return False
-        wanted = asked(self._exported.rule, request.sampling_params.extra_args, drafts=True)
-        return wanted.mode == LOSSLESS
+        return self._asked(request.sampling_params.extra_args).rule.trust is not None

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from offramp_vllm.adapter import Exported
-from offramp_vllm.policy import EARLY, FULL, MODE, THRESHOLD, asked
+from offramp_vllm.policy import EARLY, FULL, MODE, THRESHOLD, Asked
 
 OURS = "offramp-"
 """How the ids of requests begin that no user has asked for: the watch's, and the check's at
@@ -22,10 +21,10 @@ AT_ONCE = 16
 class Watch:
     """Of one scheduler."""
 
-    def __init__(self, exported: Exported, share: float, *, drafts: bool, priority: bool) -> None:
-        """share: of early answers. drafts: whether the server drafts. priority: whether requests
-        are scheduled by it."""
-        self._exported, self._share, self._drafts = exported, share, drafts
+    def __init__(self, asked: Callable[[Any], Asked], share: float, *, priority: bool) -> None:
+        """asked: what a request asks for, by its extra arguments. share: of early answers.
+        priority: whether requests are scheduled by it."""
+        self._asked, self._share = asked, share
         self._later = int(priority)
         self._draw = random.Random()
         self._early: dict[str, list[int]] = {}
@@ -50,8 +49,8 @@ class Watch:
         if ours or params is None or params.temperature or params.structured_outputs is not None:
             return False
         extra = params.extra_args or {}
-        mode = asked(self._exported.rule, extra, drafts=self._drafts).mode
-        return mode == EARLY and THRESHOLD not in extra and not request.resumable
+        early = self._asked(extra).mode == EARLY
+        return early and THRESHOLD not in extra and not request.resumable
 
     def _again(self, request: Any) -> Any:
         params = copy.copy(request.sampling_params)

@@ -243,8 +243,8 @@ def _find_by(
     _say_worth(examples, asked)
     options = {"max_new_tokens": arguments.max_new_tokens}
     policy = None
-    plain = arguments.score or arguments.first_threshold or isinstance(runtime, Asked)
-    if not plain:  # these say nothing to trust
+    plain = arguments.score or arguments.first_threshold  # which say nothing to trust
+    if not plain and not (isinstance(runtime, Asked) and not runtime.drafts):
         policy = by_trust(adapter, **options)
     if policy is None:
         score = arguments.score or adapter.policy.score

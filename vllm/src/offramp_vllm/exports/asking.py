@@ -1,7 +1,7 @@
 """A server of vLLM's that `offramp calibrate NAME --engine vllm` starts, asks and ends.
 
 What is calibrated so is guaranteed of vLLM's own answers: of its kernels, its vision tower and its
-chat template. Thresholds are searched, as vLLM takes no drafts unverified.
+chat template.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from typing import Any
 import torch
 
 from offramp.adapter.answers import Answer
+from offramp.calibration.trust_path import trusting
 from offramp.cli.output import tell
 from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import InputError
 from offramp.features.input_processor import turn_of
 from offramp_vllm.exports import serving
-from offramp_vllm.exports.exporters import template_options
+from offramp_vllm.exports.exporters import DRAFTS, template_options
 from offramp_vllm.exports.vllm import PROMPTS
+from offramp_vllm.policy import FULL, LOSSLESS, MODE, THRESHOLD, TRUST
 from offramp_vllm.tell import SERVED_BY
 
 MODEL, AT_ONCE = "offramp", 8
@@ -54,14 +56,15 @@ def asks(opened: Any, arguments: argparse.Namespace) -> Iterator[Served]:
     score = arguments.score or opened.adapter.policy.score
     if score != SCORE or arguments.first_threshold is not None:
         raise InputError(
-            f"In vLLM one threshold of {SCORE} is calibrated, for all exits.",
+            f"In vLLM trust is calibrated, or one threshold of {SCORE} for all exits.",
             "Leave --first-threshold out, and --score, or calibrate in another engine.",
         )
     python = serving.python_with_vllm()
     model = serving.checked_model(opened, python)
     with tempfile.TemporaryDirectory(prefix="offramp-vllm-") as folder:
         exits, key, port = Path(folder) / "exits", secrets.token_hex(), _free_port()
-        _export(opened, exits)
+        _export(opened, exits, arguments.max_new_tokens)
+        drafts = drafts_first(opened.adapter)
         settings = {
             **serving.model_settings(opened, arguments.context),
             **template_options(opened, exits),
@@ -72,6 +75,7 @@ def asks(opened: Any, arguments: argparse.Namespace) -> Iterator[Served]:
             "api-key": [key],
             "max-num-seqs": AT_ONCE,
             "additional-config": json.dumps({"offramp": {"exits": str(exits)}}),
+            **({"speculative-config": json.dumps(DRAFTS)} if drafts else {}),
         }
         command, environment = serving.server_of(python, settings, Path(folder) / "server.yaml")
         log = Path(folder) / "log"
@@ -82,7 +86,7 @@ def asks(opened: Any, arguments: argparse.Namespace) -> Iterator[Served]:
             )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
-            served = Served(opened, f"http://127.0.0.1:{port}", key)
+            served = Served(opened, f"http://127.0.0.1:{port}", key, drafts)
             served.check()
             yield served
         finally:
@@ -99,13 +103,23 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _export(opened: Any, folder: Path) -> None:
-    """Write the exits. Requests bring thresholds, and the exits may have none yet."""
+def drafts_first(adapter: Any) -> bool:
+    """Return True if the first exit drafts on, so that vLLM takes its drafts."""
+    by_trust = trusting(adapter.policy, adapter, 1)
+    return adapter.exits.draft_on and {*by_trust.drafts} == {adapter.exits.depths[0]}
+
+
+def _export(opened: Any, folder: Path, longest: int) -> None:
+    """Write the exits. Requests bring thresholds or trust, and the exits may have none yet.
+    longest: tokens of an answer."""
     adapter = opened.adapter
     never = Thresholds.shared(adapter.exits.depths, 1.0)
     policy = replace(
         adapter.policy, thresholds=adapter.policy.thresholds or never, lossless=False, trust=None
     )
+    if drafts_first(adapter):
+        by_trust = trusting(policy, adapter, longest)
+        policy = replace(policy, drafts=by_trust.drafts, max_draft=by_trust.max_draft)
     serving.write_exits(adapter.with_policy(policy), opened.encoder, folder)
 
 
@@ -124,13 +138,24 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     )
 
 
+def _how(policy: Any) -> dict[str, Any]:
+    """A request's extra arguments, of a policy."""
+    if policy.lossless:
+        return {MODE: LOSSLESS}
+    if policy.trust is not None:
+        return {TRUST: float(policy.trust)}
+    thresholds = {*policy.thresholds.values()}
+    return {THRESHOLD: max(thresholds)} if thresholds else {MODE: FULL}
+
+
 @dataclass(frozen=True)
 class Served:
-    """An opened adapter in vLLM. url: of the server."""
+    """An opened adapter in vLLM. url: of the server. drafts: whether it has the exits' drafts."""
 
     opened: Any
     url: str
     key: str
+    drafts: bool
     name: str = SERVED_BY
     rows: int = AT_ONCE
 
@@ -151,20 +176,18 @@ class Served:
     def answers(
         self, examples: Sequence[Any], policy: Any, *, max_new_tokens: int, progress: Any = iter
     ) -> list[Any]:
-        """Return vLLM's `Answer` to each example: of the full model by `FULL`, or early at the one
-        threshold of a policy.
+        """Return vLLM's `Answer` to each example: of the full model by `FULL`, lossless, or early
+        by trust or at the one threshold of a policy.
 
         Raises:
             InputError: vLLM refuses a request, or reads another prompt than offramp does.
         """
-        thresholds = {*policy.thresholds.values()}
-        how = {"offramp_threshold": max(thresholds)} if thresholds else {"offramp_mode": "full"}
         asked = {
             "model": MODEL,
             "temperature": 0,
             "max_tokens": max_new_tokens,
             "return_token_ids": True,
-            "vllm_xargs": how,
+            "vllm_xargs": _how(policy),
         }
         found: list[Any] = []
         with ThreadPoolExecutor(self.rows) as pool:
@@ -176,27 +199,34 @@ class Served:
     def _answer(self, example: Any, asked: dict[str, Any]) -> Any:
         encoder = self.opened.encoder
         ids = encoder.prompts([example])["input_ids"][0].tolist()
+        scored = TRUST not in asked["vllm_xargs"]  # drafts that are taken have no probabilities
         if example.is_text:
-            said = self._post("completions", {**asked, "prompt": ids, "logprobs": 0})
-            [choice] = said["choices"]
-            logs = choice["logprobs"]["token_logprobs"]
+            more = {"logprobs": 0} if scored else {}
+            said = self._post("completions", {**asked, **more, "prompt": ids})
         else:
-            said = self._chat(example, ids, asked)
-            [choice] = said["choices"]
-            logs = [one["logprob"] for one in choice["logprobs"]["content"]]
-        tokens = tuple(choice["token_ids"])
+            said = self._chat(example, ids, {**asked, "logprobs": scored})
+        [choice] = said["choices"]
+        tokens, told = tuple(choice["token_ids"]), choice["logprobs"]
+        beside = choice["offramp"]
+        if not scored:
+            logs = [math.nan] * len(tokens)
+        elif example.is_text:
+            logs = told["token_logprobs"]
+        else:
+            logs = [one["logprob"] for one in told["content"]]
         return Answer(
             tokens,
             encoder.texts(torch.tensor([tokens]))[0],
-            tuple(choice["offramp"]["depths"]),
+            tuple(beside["depths"]),
             tuple(map(math.exp, logs)),
+            offers=tuple((o["trust"], tuple(o["tokens"])) for o in beside.get("offers", ())),
         )
 
     def _chat(self, example: Any, ids: Sequence[int], asked: dict[str, Any]) -> Any:
         """What vLLM says about an image. ids: of the prompt that offramp reads, as vLLM must."""
         turn = turn_of("user", example.prompt)
         turn["content"].insert(0, self._picture(example))
-        said = self._post("chat/completions", {**asked, "messages": [turn], "logprobs": True})
+        said = self._post("chat/completions", {**asked, "messages": [turn]})
         read = said["prompt_token_ids"]
         if self._without_images(read) == self._without_images(ids):
             return said

@@ -65,7 +65,7 @@ def serve(arguments: argparse.Namespace) -> None:
     url = f"http://{arguments.host}:{settings['port']}/v1"
     if arguments.json:
         print_json({"model": config.name, "url": url})
-    mode = "lossless" if "speculative-config" in settings else arguments.mode
+    mode = arguments.mode or "lossless"
     tell(f"vLLM starts, and will serve {config.name} in mode {mode}: {url} (OpenAI's API)")
     sys.stdout.flush()
     os.execve(python, command, environment)
@@ -186,6 +186,8 @@ def _settings(
     """vLLM's options, by their names."""
     watch = arguments.watch.get("share")
     ours = {"exits": str(exits)} | ({} if watch is None else {"watch": watch})
+    if arguments.mode is not None:
+        ours["mode"] = arguments.mode
     settings = {
         **model_settings(opened, arguments.limit),
         "host": arguments.host,
@@ -201,7 +203,7 @@ def _settings(
         settings["chat-template"] = str(arguments.chat_template)
     if config.keys:
         settings["api-key"] = list(config.keys)
-    if arguments.mode in (None, "lossless"):
+    if arguments.mode in (None, "lossless") or opened.adapter.policy.trust is not None:
         settings["speculative-config"] = json.dumps(DRAFTS)
     return settings
 
