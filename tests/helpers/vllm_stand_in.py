@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def answer(body: Any) -> Any:
     inputs = ENCODER.prompts([Example(image, text["text"], (), key="asked")])
     asked = body["vllm_xargs"]
     policy = FULL
-    if "offramp_threshold" in asked:
+    if "offramp_trust" in asked:
+        policy = replace(ADAPTER.policy, thresholds={}, trust=asked["offramp_trust"])
+    elif asked.get("offramp_mode") == "lossless":
+        policy = replace(ADAPTER.policy, lossless=True)
+    elif "offramp_threshold" in asked:
         level = asked["offramp_threshold"]
         policy = ADAPTER.policy.moved(dict.fromkeys(ADAPTER.exits.depths, level))
     made = ADAPTER.generate(inputs, policy=policy, max_new_tokens=body["max_tokens"], **GREEDY)
@@ -78,7 +83,10 @@ def answer(body: Any) -> Any:
     logs = [float(torch.tensor(score).log()) for score in one.scores]
     choice = {
         "token_ids": one.ids,
-        "offramp": {"depths": one.depths},
+        "offramp": {
+            "depths": one.depths,
+            "offers": [{"trust": trust, "tokens": ids} for trust, ids in one.offers],
+        },
         "logprobs": {"content": [{"logprob": log} for log in logs]},
     }
     template = Template(Path(SETTINGS["chat-template"]).read_text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,30 @@ import pytest
 from command_line import RunCommand
 from other_python import python_with_vllm
 
-from offramp.data.scenes import world
+import offramp
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.adapter.shipped import load_tiny, shipped_exits
+from offramp.calibration.trust_path import trusting
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.data.scenes import tasks, world
 from offramp_vllm import tell
-from offramp_vllm.exports import serving
+from offramp_vllm.exports import asking, serving
 
 STAND_IN = Path(__file__).parents[1] / "helpers" / "vllm_stand_in.py"
 HERE = {"engine": "vllm", "dtype": "float32", "quantized": "", "device": "cpu"}
 
 
-def calibrated(run: RunCommand, tmp_path: Path, engine: str, *more: Any) -> tuple[int, Any, str]:
+def calibrated(
+    run: RunCommand, tmp_path: Path, engine: str, *more: Any, of: Any = "tiny-opt"
+) -> tuple[int, Any, str]:
     pictures, out = tmp_path / "held_out", tmp_path / engine
     pictures.mkdir(exist_ok=True)
     for index in range(16):
         world.render(world.scene("calibration", index)).save(pictures / f"{index}.png")
     code, said, err = run(
-        *("calibrate", "tiny-opt", "--engine", engine, "--data", pictures, "--prompt", "Caption:"),
+        *("calibrate", of, "--engine", engine, "--data", pictures, "--prompt", "Caption:"),
         *("--target", 0.4, "--max-new-tokens", 8, "--out", out, "--json", *more),
     )
     return code, json.loads(said) if code == 0 else said, err
@@ -58,6 +69,47 @@ def test_a_server_is_calibrated_as_its_answers_are(
     assert stands.reason == ""
     [elsewhere] = tell.guarantees([own], adapter["policy"], HERE)
     assert "engine" in elsewhere.reason
+
+
+@pytest.mark.slow
+def test_a_server_answers_by_trust_and_offers_as_the_exits_do(
+    stand_in: None, drafting_exits: Path
+) -> None:
+    opened = offramp.load(drafting_exits, backbone="tiny-opt", engine="torch")
+    asked = Namespace(score=None, first_threshold=None, context=256, max_new_tokens=24)
+    examples = tasks.captions("calibration", 6).examples
+    policy = trusting(opened.adapter.policy, opened.adapter, 24)
+    ways = (policy, replace(policy, trust=0.0), replace(policy, lossless=True, trust=None), FULL)
+    with asking.asks(opened, asked) as server:
+        assert server.drafts
+        for way in ways:
+            told = server.answers(examples, way, max_new_tokens=24)
+            own = generate_answers(
+                opened.adapter, opened.encoder, examples, policy=way, max_new_tokens=24
+            )
+            for ours, theirs in zip(own, told, strict=True):
+                assert (ours.ids, ours.depths) == (theirs.ids, theirs.depths)
+                assert [ids for _, ids in ours.offers] == [ids for _, ids in theirs.offers]
+                products = [product for product, _ in ours.offers]
+                assert [product for product, _ in theirs.offers] == pytest.approx(products, rel=1e-4)
+
+
+@pytest.fixture
+def drafting_exits(tmp_path: Path) -> Path:
+    """The folder of tiny OPT's first exit, untrained to draft on, and without a policy."""
+    backbone, _ = load_tiny("opt")
+    plain = Adapter.from_pretrained(backbone, str(shipped_exits("tiny-opt")))
+    depth = plain.exits.depths[0]
+    exits = Exits(backbone, (depth,), kind="drafting")
+    exits.load_state_dict(
+        {n: w for n, w in plain.exits.modules.state_dict().items() if n in exits.state_dict()},
+        strict=False,
+    )
+    adapter = Adapter(
+        backbone, ExitSet(exits.requires_grad_(False)), ExitPolicy(drafts={depth: 0.1})
+    )
+    adapter.save(tmp_path / "drafting")
+    return tmp_path / "drafting"
 
 
 @pytest.mark.slow

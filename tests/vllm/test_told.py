@@ -41,13 +41,52 @@ KEPT = {
         {"offramp_threshold": 1.5},
         {"offramp_threshold": math.nan},
         {"offramp_mode": "fast"},
+        {"offramp_trust": True},
+        {"offramp_trust": 1},
+        {"offramp_trust": -0.5},
+        {"offramp_trust": math.inf},
+        {"offramp_trust": math.nan},
+        {"offramp_trust": 0.5, "offramp_threshold": 0.9},
+        {"offramp_trust": 0.5, "offramp_mode": "full"},
+        {"offramp_trust": 0.5, "offramp_mode": "lossless"},
     ],
     ids=str,
 )
 def test_settings_that_say_nothing_are_refused(extra: dict[str, Any]) -> None:
     with pytest.raises(Refused) as refused:
-        asked(RULE, extra, drafts=True)
+        asked(RULE, extra, drafts=True, by_exits=True)
     assert len(str(refused.value).splitlines()) == 2
+
+
+def test_trust_decides_in_place_of_thresholds() -> None:
+    trusting = Rule.of({**POLICY, "thresholds": {}, "trust": 0.8, "max_draft": 30}, (2,))
+    early = asked(trusting, {"offramp_mode": "early_exit"}, drafts=True, by_exits=True)
+    assert early.rule.takes and early.rule.trust == 0.8 and early.rule.longest == 30
+    assert not early.rule.is_on and early.rule.waits  # a prompt waits for its first drafts
+    own = asked(trusting, None, drafts=True, by_exits=True, own="early_exit")
+    assert own == early
+    assert asked(trusting, None, drafts=True, by_exits=True).mode == "lossless"
+    asked_for = asked(trusting, {"offramp_trust": 0.5}, drafts=True, by_exits=True)
+    assert asked_for.rule == trusting.taking(0.5)
+    assert asked(trusting, {"offramp_threshold": 0.9}, drafts=True).rule.trust is None
+    lossless = asked(trusting, {"offramp_mode": "lossless"}, drafts=True, by_exits=True).rule
+    assert lossless.trust is not None and not lossless.takes
+
+
+@pytest.mark.parametrize("drafts", [False, True])  # True: of another model's
+def test_trust_needs_the_exits_own_drafts(drafts: bool) -> None:
+    with pytest.raises(Refused, match="none of these"):
+        asked(RULE, {"offramp_trust": 0.5}, drafts=drafts)
+
+
+def test_a_guarantee_of_trust_stands_for_that_trust_and_length_of_drafts() -> None:
+    by_trust = {**POLICY, "thresholds": {}, "trust": 0.8, "max_draft": 30}
+    then = {"conditions": {**by_trust, **HERE}}
+    assert standing(by_trust, **then) == ""
+    assert "trust" in standing({**by_trust, "trust": 0.7}, **then)
+    assert "max_draft" in standing({**by_trust, "max_draft": 8}, **then)
+    assert "trust" in standing({**POLICY, "thresholds": {}}, **then)
+    assert standing(POLICY, conditions={**POLICY, **HERE, "trust": -1.0}) == ""
 
 
 def test_settings_of_others_are_left_alone() -> None:
