@@ -80,6 +80,8 @@ WAYS = {
     "early exit": "exits",
     "early exit, eager": "exits",
     "early exit, careful": "careful",
+    "early exit, trust 0.4": "trust 0.4",
+    "early exit, trust 0": "trust 0",
     "EAGLE-3": "",
     "n-grams": "",
 }
@@ -155,9 +157,10 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """Return the policies by folder: as the exits ship, and at thresholds at which more answers are
-    full depth's."""
-    return {"exits": adapter.policy, "careful": policy_of(adapter, CAREFUL)}
+    """Return the policies by folder: as the exits ship, at thresholds at which more answers are
+    full depth's, and by trust."""
+    by_trust = {name: policy_of(adapter, name) for name in ("trust 0.4", "trust 0")}
+    return {"exits": adapter.policy, "careful": policy_of(adapter, CAREFUL), **by_trust}
 
 
 def prompts(arguments: Any) -> dict[str, Any]:
@@ -193,6 +196,7 @@ def prompts(arguments: Any) -> dict[str, Any]:
             "thresholds": policy.thresholds,
             "first": policy.first,
             "drafts": policy.drafts,
+            "trust": policy.trust,
         }
         for name, policy in policies(adapter).items()
     }

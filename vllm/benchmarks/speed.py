@@ -46,6 +46,8 @@ WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
     "early exit": ("exits", None, "early_exit"),
     "early exit, eager": ("exits", None, "early_exit"),
     "early exit, careful": ("careful", None, "early_exit"),
+    "early exit, trust 0.4": ("trust 0.4", EXITS, "early_exit"),
+    "early exit, trust 0": ("trust 0", EXITS, "early_exit"),
     "EAGLE-3": (None, EAGLE, "full"),
     # Last: after it no other engine starts in this process.
     "n-grams": (None, NGRAMS, "full"),

@@ -15,6 +15,8 @@ NAMES = {
     "full depth, compiled": "full depth",
     "early exit": "early exit, as it ships",
     "early exit, careful": "early exit, careful thresholds",
+    "early exit, trust 0.4": "early exit by a trust of 0.4",
+    "early exit, trust 0": "early exit by a trust of 0",
 }
 
 
