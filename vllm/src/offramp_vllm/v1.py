@@ -461,9 +461,10 @@ class ExitRunner:
         name = me.attn_groups[self._group][0].layer_names[0]
         slots = get_forward_context().slot_mapping[name][: starts[-1]]
         changed = any(r.changed for r in known)
-        trusts = [r.asked.rule.trust for r in known if r.asked.rule.trust is not None]
-        drafting = exits_draft(me.vllm_config) and bool(trusts)
-        leaving = self.early.on and any(r.asked.rule.is_on for r in known)
+        asked = [r.asked.rule for r in known]
+        drafted = any(r.takes or (r.trust is not None and self._drafts_at_most > 0) for r in asked)
+        drafting = drafted and exits_draft(me.vllm_config)
+        leaving = self.early.on and any(r.is_on for r in asked)
         greedy = leaving and not _drafts(me.vllm_config) and self._plain(batch.sampling_metadata)
         may = me.speculative_config is None or exits_draft(me.vllm_config)
         again = np.array(
