@@ -4,10 +4,11 @@
 
 Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
 Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
-`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; a random model
-of three billion weights, which takes 12 GB; and one of nearly none, for the host's share. EAGLE-3
-is measured too where side_by_side has trained its drafter. Parts that are not asked for stay as
-the record has them.
+`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; a random model of
+three billion weights, which takes 12 GB; one of nearly none, for the host's share; and what is
+promised by trust inside vLLM, calibrated on the choosing half with the vision tower. EAGLE-3 is
+measured too where side_by_side has trained its drafter. Parts that are not asked for stay as the
+record has them.
 What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was cut off goes on.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.photo_vlm.rows import read_photographs
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
@@ -35,15 +38,18 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.storage import digest_file, digest_rows, read_json
 from offramp.features.input_processor import InputProcessor
 from offramp.features.vision_cache import VisionCache
+from offramp.promises.guarantee import SCALES
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.photographs.opened import CAREFUL, policy_of
+from offramp_lab.records.photographs.trust import PROMISED
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
 from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+from offramp_vllm.exports.serving import PYTHON
 from offramp_vllm.exports.vllm import PROMPTS, _language_model, export_vllm
 
 RECORD = Record("vllm", "vllm/benchmarks/record_vllm.py")
@@ -96,11 +102,12 @@ def main() -> None:
         photo=True,
         vllm=None,
         photographs=100,
-        parts=Some(("shape", "host", "prompts", *loads)),
+        parts=Some(("shape", "host", "promised", "prompts", *loads)),
     )
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments, "shape", SHAPE, EXIT),
         "host": partial(shape, arguments, "host", TINY, 1),
+        "promised": partial(promised, arguments),
         "prompts": partial(prompts, arguments),
         **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
         **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
@@ -139,6 +146,40 @@ def shape(arguments: Any, name: str, config: Mapping[str, Any], depth: int) -> d
     layer, head = wide * wide * (2 + 2 * heads) + 3 * wide * inner, wide * words
     predicted = (config["num_hidden_layers"] * layer + head) / ((depth + 1) * layer + head)
     return {**config, "exit": depth, "predicted": predicted, "ways": ways}
+
+
+def promised(arguments: Any) -> dict[str, Any]:
+    """What `offramp calibrate` finds of captions, by the CIDEr that they may lose."""
+    out, scale = RUNS / RECORD.name / "promised", SCALES["cider_drop"]
+    files = {
+        "held": halves(arguments.data)[0],
+        "train": read_photographs(arguments.data)["captions"],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, examples in files.items():
+        rows = [{"image": str(e.image), "prompt": e.prompt, "answers": e.answers} for e in examples]
+        (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = (
+        *("calibrate", "photo", "--engine", "vllm", "--dtype", "float32", "--json"),
+        *("--data", out / "held.jsonl", "--frequencies", out / "train.jsonl"),
+        *("--risk", "cider_drop", "--target", PROMISED / scale, "--out", out / "exits"),
+        *("--max-new-tokens", OPTIONS["max_new_tokens"]),
+    )
+    environment = {**os.environ, PYTHON: str(arguments.vllm.absolute())}
+    done = subprocess.run(
+        [sys.executable, "-m", "offramp", *map(str, command)],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    found = json.loads(done.stdout)
+    return {
+        "target": PROMISED,
+        "measured": scale * found["measured"],
+        "bound": scale * found["bound"],
+        **{name: found["policy"].get(name) for name in ("trust", "thresholds")},
+        **{name: found[name] for name in ("n", "attempt", "confidence", "reason", "ways")},
+    }
 
 
 def run(python: Path, script: Path, *words: Any) -> None:
