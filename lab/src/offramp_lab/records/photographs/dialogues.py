@@ -46,7 +46,7 @@ from offramp_lab.records.photographs.opened import PLAIN, Q8, TOWER, Opened
 from offramp_lab.records.record import Group, Record, Turns
 from offramp_lab.records.subjects import halves, text_of
 
-RECORD = Record("dialogues", "photographs.dialogues")
+RECORD = Record("dialogues", "offramp_lab.records.photographs.dialogues")
 LONG_MODES = (way.FULL_DEPTH, LOSSLESS, way.EARLY)
 MODES = (*LONG_MODES, "trust 0")
 """Of dialogues."""
