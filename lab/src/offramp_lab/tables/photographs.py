@@ -4,7 +4,8 @@ from functools import partial
 
 from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
-from offramp_lab.tables.end_to_end import EARLY, FULL, LOSSLESS, MODES, PLAIN, Q8
+from offramp_lab.experiments.factors import LOSSLESS
+from offramp_lab.tables.end_to_end import EARLY, FULL, MODES, PLAIN, Q8
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,

@@ -142,9 +142,9 @@ def of_dialogues(told: Told) -> list[dict[str, Any]]:
         measured[name] = Measured(lengths, 1e3 * seconds, scores, ids[name])
     entries = entries_of(measured, bases)
     for entry, (name, took) in zip(entries, measured.items(), strict=True):
-        own, full = (one.rates(AFTER_READING) for one in (took, measured[bases(name)["full"]]))
-        entry["after_reading_milliseconds"] = float(1e3 * own[1].mean())
-        entry["after_reading_over_full"] = times(own, full)
+        mine, base = (one.rates(AFTER_READING) for one in (took, measured[bases(name)["full"]]))
+        entry["after_reading_milliseconds"] = float(1e3 * mine[1].mean())
+        entry["after_reading_over_full"] = times(mine, base)
     return entries
 
 
