@@ -30,7 +30,7 @@ def ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
         prompts=lambda examples: inputs_of(NAME, int(examples[0].key)),
     )
     monkeypatch.setattr(runtimes, "FORMATS", ("f32",))
-    monkeypatch.setattr(opened, "photo_exits", lambda exits: tmp_path)
+    monkeypatch.setattr(opened, "photo_exits", lambda *_: tmp_path)
     monkeypatch.setattr(
         opened,
         "load_photo",

@@ -24,9 +24,9 @@ from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 
 
-def photo_exits(adapter: Path | None = None) -> Path:
-    """The folder of exits that was asked for, or that of those that ship with the photo model."""
-    exits = adapter or shipped_exits("photo")
+def photo_exits(adapter: Path | None = None, name: str = "photo") -> Path:
+    """The folder of exits that was asked for, or that of those that ship with a photo model."""
+    exits = adapter or shipped_exits(name)
     assert exits is not None, "the photo model is there"
     return exits
 
@@ -36,11 +36,12 @@ def load_photo(
     dtype: str = "float32",
     quantize: str | None = None,
     vision: str = "torch",
+    name: str = "photo",
 ) -> tuple[Adapter, InputProcessor]:
-    """The photo model with exits, and its encoder. vision: what runs the tower."""
-    backbone, encoder = load(dtype, quantize, vision)
+    """A photo model with exits, and its encoder. vision: what runs the tower."""
+    backbone, encoder = load(dtype, quantize, vision, name)
     assert backbone.vision_engine == vision
-    return Adapter.load(photo_exits(adapter), backbone), encoder
+    return Adapter.load(photo_exits(adapter, name), backbone), encoder
 
 
 def tiny_with(kind: str, exits: Path | None = None) -> tuple[Adapter, InputProcessor]:

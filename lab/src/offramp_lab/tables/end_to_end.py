@@ -253,13 +253,6 @@ def by_stage() -> dict[str, dict[str, float]]:
     return rows
 
 
-def cider_of(mode: str) -> str:
-    """From full depth's CIDEr to a mode's, with the interval of the difference."""
-    found = _entry(PLAIN, mode)["CIDEr"]
-    full = found["value"] - found["minus_full"]
-    return with_range(f"{full:.3f} to {found['value']:.3f}", found["difference"], "+.3f")
-
-
 def beside_static(mode: str) -> str:
     """How far CIDEr is from that of every token at the exit."""
     found = by(record("five_layers")["captioned"], "mode")
@@ -278,6 +271,4 @@ FIGURES: dict[str, Make] = {
     "end-to-end-skipped-lossless": partial(of_skipping, LOSSLESS),
     "five-confidence": partial(beside_static, EARLY),
     "five-student": partial(beside_static, "student"),
-    "photo-cider": partial(cider_of, EARLY),
-    "photo-cider-static": partial(cider_of, STATIC),
 }

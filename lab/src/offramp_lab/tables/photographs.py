@@ -4,7 +4,17 @@ from functools import partial
 
 from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, record, times_with_range, with_range
+from offramp_lab.experiments.factors import LOSSLESS
+from offramp_lab.tables.end_to_end import EARLY, FULL, MODES, PLAIN, Q8
+from offramp_lab.tables.markdown import (
+    Make,
+    MakeTable,
+    Value,
+    by,
+    record,
+    times_with_range,
+    with_range,
+)
 
 
 def photo_model() -> Table:
@@ -71,9 +81,11 @@ FEW_CHANGED = 0.05
 
 
 def talk_speeds() -> Table:
-    """By task and mode: how many times as fast as full depth, and whose answers those are."""
+    """By task and mode: how many times as fast as full depth, and whose answers those are. Turns of
+    dialogues stand in `dialogues`, which keeps what the turns before made."""
     rows = []
-    for task, of in record("talk")["speeds"].items():
+    for task in ("questions", "captions"):
+        of = record("talk")["speeds"][task]
         for mode in [name for name in ("lossless", "early exit") if name in of]:
             own = of[mode]
             rows.append(
@@ -85,6 +97,43 @@ def talk_speeds() -> Table:
                 )
             )
     return Table(("task and mode", "pixels to text", "decoding", "answers full depth's"), rows)
+
+
+def dialogues() -> Table:
+    """By mode and engine: how many times as fast as full depth a dialogue is behind the
+    photograph's reading, and the share of its turns that have full depth's answer."""
+    found = by(record("dialogues")["dialogues"]["entries"], "engine", "mode")
+    rows = []
+    for mode in (LOSSLESS, EARLY, "trust 0"):
+        own = [found[engine, mode] for engine in (PLAIN, Q8)]
+        told = [(times_with_range(e["after_reading_over_full"]), _percent(e["same"])) for e in own]
+        rows.append((MODES[mode], *told[0], *told[1]))
+    same = "turns as full depth"
+    return Table(("mode", "PyTorch, float32", same, "q8_0", same), rows)
+
+
+def _percent(score: Value) -> str:
+    return f"{score['value']:.1%}"
+
+
+def long_answers() -> Table:
+    """By mode and engine: milliseconds of tower, prompt and decoding, and how many times as fast as
+    full depth all of it is."""
+    found = by(record("dialogues")["long"]["entries"], "engine", "mode")
+    rows = []
+    for mode in (FULL, LOSSLESS, EARLY):
+        own = [found[engine, mode] for engine in (PLAIN, Q8)]
+        told = [
+            (_stages(entry["milliseconds"]), times_with_range(entry["over_full"])) for entry in own
+        ]
+        rows.append((MODES[mode], *told[0], *told[1]))
+    stages = "tower / prompt / decoding"
+    over = "of full depth"
+    return Table(("mode", f"PyTorch, float32: {stages}", over, f"q8_0: {stages}", over), rows)
+
+
+def _stages(took: Value) -> str:
+    return " / ".join(f"{took[stage]:,.0f}" for stage in ("tower", "prompt", "decoding"))
 
 
 # -- methods --------------------------------------------------------------------------------------
@@ -122,6 +171,8 @@ TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
     "talk": talk,
     "talk-speeds": talk_speeds,
+    "dialogues": dialogues,
+    "long-answers": long_answers,
 }
 FIGURES: dict[str, Make] = {
     "photo-card-minutes": partial(_trained, "photo-card"),

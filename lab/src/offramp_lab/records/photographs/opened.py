@@ -147,9 +147,13 @@ class Stages:
             self.entered = time.process_time()
 
     def take(self, encoder: Any, example: Any, write: GenerateFn) -> list[Any]:
+        return self.taken(partial(encoder.prompts, [example]), write)
+
+    def taken(self, read: Callable[[], Any], write: GenerateFn) -> list[Any]:
+        """Ids of an answer, and CPU seconds of each of `STAGES`. read: returns its prompt."""
         self.tower, self.entered, first = 0.0, None, FirstToken(time.process_time)
         begin = time.process_time()
-        inputs = encoder.prompts([example])
+        inputs = read()
         opened = time.process_time()
         ids = write(inputs, StoppingCriteriaList([first])).tolist()
         end = time.process_time()
@@ -201,16 +205,23 @@ def stock_compiled(adapter: Adapter, most: int) -> GenerateFn:
 class Opened:
     """exits: a folder in the place of those that ship. work: for what is kept of them. student:
     folder of what `examples.photo_vlm.student` trained. compiled: whether compiled code is asked
-    too."""
+    too. model: its name. context: tokens of a prompt with its answer, in llama.cpp."""
 
     def __init__(
-        self, exits: Path | None, work: Path, student: Path = RUNS, compiled: bool = False
+        self,
+        exits: Path | None,
+        work: Path,
+        student: Path = RUNS,
+        compiled: bool = False,
+        model: str = "photo",
+        context: int = ENGINE.context,
     ) -> None:
         self.exits, self.student, self.compiled = exits, student, compiled
+        self.model, self.context = model, context
         self.stages = Stages()
         self._ways, self._models = dict[Name, Way](), dict[Any, Any]()
         self.adapter, self.encoder = self.loaded(PLAIN, TOWER)
-        files = [f for f in sorted(photo_exits(exits).iterdir()) if f.is_file()]
+        files = [f for f in sorted(photo_exits(exits, model).iterdir()) if f.is_file()]
         weights = dump_fingerprint(fingerprint(self.adapter.backbone))
         self.work = work / digest_rows([weights, *map(digest_file, files)])[:12]
         self.work.mkdir(parents=True, exist_ok=True)
@@ -233,7 +244,7 @@ class Opened:
             _, *words = engine.split(", ")
             layers = next((word for word in words if word in HOW), "float32")
             runs, *_ = tower.split(", ")
-            adapter, encoder = load_photo(self.exits, *HOW[layers], runs)
+            adapter, encoder = load_photo(self.exits, *HOW[layers], runs, self.model)
             if tower == SHRUNK:
                 smaller = with_shrink_on_load(encoder.processor)
                 encoder = InputProcessor(adapter.backbone, smaller)
@@ -277,6 +288,7 @@ class Opened:
             if not folder.is_dir():
                 export_gguf(adapter, folder, formats)
             how = COMES if engine.endswith(ITS_KERNELS) else ENGINE
+            how = replace(how, context=self.context)
             self._models[engine, kind, tower] = LlamaCppRuntime(adapter, folder, engine=how)
         return self._models[engine, kind, tower]
 
