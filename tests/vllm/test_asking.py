@@ -90,8 +90,8 @@ def test_a_server_answers_by_trust_and_offers_as_the_exits_do(
             for ours, theirs in zip(own, told, strict=True):
                 assert (ours.ids, ours.depths) == (theirs.ids, theirs.depths)
                 assert [ids for _, ids in ours.offers] == [ids for _, ids in theirs.offers]
-                products = [product for product, _ in ours.offers]
-                assert [product for product, _ in theirs.offers] == pytest.approx(products, rel=1e-4)
+                products = pytest.approx([product for product, _ in ours.offers], rel=1e-4)
+                assert [product for product, _ in theirs.offers] == products
 
 
 @pytest.fixture
