@@ -59,7 +59,8 @@ def test_a_server_is_calibrated_as_its_answers_are(
     levels = ("--thresholds", 0.9, 0.5)
     code, served, err = calibrated(run, tmp_path, "vllm", *levels)
     assert code == 0, err
-    assert "offramp serve" in caplog.text and "offramp generate" not in caplog.text
+    assert f"offramp serve {tmp_path / 'vllm'} --engine vllm --mode early_exit" in caplog.text
+    assert "offramp generate" not in caplog.text
     _, own, _ = calibrated(run, tmp_path, "torch", *levels, "--score", "max_probability")
     for name in ("measured", "n", "answers"):  # the bound is a second attempt's
         assert served[name] == own[name], name

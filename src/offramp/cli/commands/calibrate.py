@@ -286,7 +286,8 @@ def _find_by(
     show_result(found, _table(calibration), as_json=arguments.json)
     how, stored = asked_again(arguments, *LOADED), _is_stored(calibration, arguments)
     if isinstance(runtime, Asked):  # which drafts losslessly by itself
-        say_next(f"offramp serve {out if stored else arguments.adapter}{how}")
+        name, mode = (out, " --mode early_exit") if stored else (arguments.adapter, "")
+        say_next(f"offramp serve {name}{how}{mode}")
     elif stored:
         say_next(f"offramp generate {out}{one_again(arguments)}", f"offramp serve {out}{how}")
     else:
