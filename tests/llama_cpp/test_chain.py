@@ -38,8 +38,8 @@ class FakeSegment:
     def length_of(self, slot: int) -> int:
         return len(self.fed)
 
-    def begin(self, prompt: Any = None, slot: int = 0) -> None:
-        self.fed = []
+    def begin(self, prompt: Any = None, slot: int = 0, kept: int = 0) -> None:
+        self.fed = self.fed[:kept]
 
     def tapped(self) -> Any:
         assert self.tap is not None

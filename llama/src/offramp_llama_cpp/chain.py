@@ -96,6 +96,7 @@ class SegmentChain:
         self.exact = True
         self.slots: int = segments[0].sequences
         self._prompts: list[Prompt | None] = [None] * self.slots
+        self._unused: list[frozenset[int]] = [frozenset()] * self.slots
         self._waiting: list[list[list[States]]] = [[] for _ in range(self.slots)]
         for slot in range(self.slots):
             self.reset(slot=slot)
@@ -107,20 +108,39 @@ class SegmentChain:
         exact: bool = True,
         prompt: Prompt | None = None,
         slot: int = 0,
+        kept: int = 0,
     ) -> None:
-        """Forget a sequence.
+        """Forget a sequence, but for its first `kept` tokens.
 
-        prompt: whose states will be run first; None: one of plain text. unused: exits, by place,
-        that are not run from here on. exact: a token comes out bit by bit the same whoever waited
-        with it; else one that goes on alone is not fed twice, and may round otherwise.
+        prompt: whose states will be run first, after those that are kept, of which `shared` knows;
+        None: one of plain text. unused: exits, by place, that are not run from here on. exact: a
+        token comes out bit by bit the same whoever waited with it; else one that goes on alone is
+        not fed twice, and may round otherwise.
         """
         self.exact = exact
-        self._prompts[slot] = prompt
+        self._prompts[slot], self._unused[slot] = prompt, frozenset(unused)
+        if kept:
+            self.crop(self.tokens(slot) - kept, slot)
+        else:
+            self._waiting[slot] = [[] for _ in self.segments]
         for place, segment in enumerate(self.segments):
-            segment.begin(prompt, slot)
+            segment.begin(prompt, slot, kept)
             if segment.tap is not None:
                 segment.tap.stop = place in unused
-        self._waiting[slot] = [[] for _ in self.segments]
+
+    def shared(self, prompt: Prompt, unused: Sequence[int] = (), slot: int = 0) -> int:
+        """Return how many tokens of a prompt a sequence begins with that may be kept: 0 where the
+        exits that are to run did not all run, or where an answer was cut off so that tokens of it
+        are in no segment."""
+        before = self._prompts[slot]
+        if before is None or not self._unused[slot].issubset(unused):
+            return 0
+        lengths = [segment.length_of(slot) for segment in self.segments]
+        pending = [sum(map(len, waiting)) for waiting in self._waiting[slot]]
+        came = [ran + wait for ran, wait in zip(lengths, pending, strict=True)]
+        if came[1:] != lengths[:-1] or came[0] < len(before.states):
+            return 0
+        return prompt.common(before)
 
     def waits(self, slot: int = 0) -> bool:
         """Return True if any token is pending at an exit."""
@@ -309,7 +329,8 @@ class SegmentChain:
             prompt = self._prompts[slot] or Prompt(states)
             if is_prompt and not self._is_few(place, prompt, rows):
                 for start, stop, ahead in prompt.calls(segment.at_once):
-                    yield states[start:stop], ahead
+                    if start < len(states):  # else it came later, after what was kept
+                        yield states[start:stop], ahead
                 text = states[len(prompt.states) :]  # what waited with it below
             if len(text):
                 few.append(text)

@@ -85,11 +85,15 @@ class ChainDrafter:
         """Give the memory back."""
         self._segment.close()
 
-    def begin(self, slot: int, prompt: Prompt | None) -> None:
-        """Forget a sequence: what is taken next is of another's prompt. None: of one whose drafts
-        nobody asks for."""
+    def shared(self, slot: int, prompt: Prompt) -> int:
+        """Return how many tokens of a prompt may be kept, as of `SegmentChain.shared`."""
+        return self._chain.shared(prompt, slot=slot) if slot in self._wanted else 0
+
+    def begin(self, slot: int, prompt: Prompt | None, kept: int = 0) -> None:
+        """Forget a sequence, but for its first `kept` tokens: what is taken next is of another's
+        prompt. None: of one whose drafts nobody asks for."""
         self._states.pop(slot, None)
-        self._chain.reset(prompt=prompt, slot=slot)
+        self._chain.reset(prompt=prompt, slot=slot, kept=kept)
         self._wanted.discard(slot)
         if prompt is not None:
             self._wanted.add(slot)

@@ -15,6 +15,7 @@ import numpy as np
 from offramp.core.decoding.drafting import DraftBudget, Drafts, FeedOn
 from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.decoding.reader import Decide
+from offramp.features.prefix_cache import PrefixCache
 from offramp_llama_cpp.chain import SegmentChain
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.graphs import Array
@@ -46,6 +47,8 @@ class ChainExecutor:
 
     stand: depths of the chain's exits. depths: of those in use. embed: the states [1, D] of a token
     at a position. exact: as of `SegmentChain.reset`. drafter: of answers whose drafts it writes.
+    prefixes: counts the tokens that a prompt shares with the one before in its slot, where these
+    are to be kept; else None.
     loop: feeds what the first exit says, where that is the chain's first; None: the decoder does.
     """
 
@@ -73,6 +76,7 @@ class ChainExecutor:
         self._free = set(range(chain.slots))
         self.feed_on: FeedOn | None = None if loop is None else partial(self._feed_on, loop)
         self._opening: set[int] = set()  # slots whose prompt is to be verified with first drafts
+        self.prefixes: PrefixCache | None = None
 
     def read(
         self,
@@ -95,18 +99,33 @@ class ChainExecutor:
             return decide(self._stand[exit], ChainOutput(state[None], logits[None]))
 
         chain, columns, slot = self._chain, len(prepared.states), min(self._free)
-        chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot)
+        kept = self._kept(prepared, slot, drafts=keep is not None)
+        chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot, kept=kept)
+        new = prepared.states[kept:]
         self._opening.discard(slot)
         if self.drafter is not None:
-            self.drafter.begin(slot, None if keep is None else prepared)
+            drafted = None if keep is None else prepared
+            self.drafter.begin(slot, drafted, kept if drafted else 0)
         if keep is not None:
-            self._below({slot: prepared.states})
+            self._below({slot: new})
             self._opening.add(slot)
             return ChainPrompt(slot, columns, None, None)
-        place = chain.run(prepared.states, None if decide is None else at, slot)
+        place = chain.run(new, None if decide is None else at, slot)
         if place < self._last:
             return ChainPrompt(slot, columns, None, self._stand[place])
         return ChainPrompt(slot, columns, chain.finish(1, slot), None)
+
+    def _kept(self, prompt: Prompt, slot: int, *, drafts: bool) -> int:
+        """How many of a prompt's tokens the slot's last prompt began with; 0 where none are to be
+        kept. drafts: whether the drafter needs them too."""
+        if self.prefixes is None:
+            return 0
+        kept = self._chain.shared(prompt, self._unused, slot)
+        if drafts and self.drafter is not None:  # which takes what comes through its exit
+            came = self._chain.segments[self._stand.index(self.drafter.depth)].length_of(slot)
+            kept = min(kept, came, self.drafter.shared(slot, prompt))
+        self.prefixes.count(kept, len(prompt.states) - kept)
+        return kept
 
     def load(self, prompt: ChainPrompt, row: int) -> LoadedPrompt:
         columns, depths = prompt.columns, self.depths

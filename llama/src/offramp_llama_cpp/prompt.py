@@ -30,6 +30,30 @@ class Prompt:
     features: States | None = None
     ahead: tuple[Span, ...] = ()
 
+    def common(self, other: Prompt) -> int:
+        """Return how many rows this prompt and another begin with alike, bit for bit, without this
+        one's last row; 0 where any rows look ahead. What follows them stands after all of them."""
+        n = min(len(self.states) - 1, len(other.states))
+        same = (self.states[:n] == other.states[:n]).all(1)
+        for own, its in zip(self._beside(n), other._beside(n), strict=True):
+            if own is None or its is None or own.shape != its.shape:
+                same &= own is its
+            else:
+                same &= (own == its).all(1)
+        n = 0 if self.ahead or other.ahead else int(same.cumprod().sum())
+        times = None if self.positions is None else self.positions[0]
+        while times is not None and n and times[:n].max() >= times[n]:  # within an image
+            n -= 1
+        return n
+
+    def _beside(self, rows: int) -> tuple[Positions | None, States | None]:
+        """Positions and features of the first rows [rows, ...]."""
+        positions, features = self.positions, self.features
+        return (
+            None if positions is None else positions[:, :rows].T,
+            None if features is None else features[:rows].reshape(rows, -1),
+        )
+
     def table(self, axes: int, rows: int) -> Positions:
         """Positions [axes, rows] of the prompt and of what follows it.
 

@@ -28,6 +28,7 @@ from offramp.core.executors.prefill import Prepared
 from offramp.core.models.as_loaded import still_loaded
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
+from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
 from offramp.serving.torch_host import PreparedHost
 from offramp_llama_cpp.architectures import architecture_of
@@ -122,6 +123,7 @@ class LlamaCppRuntime(CalledAsModel):
         policy: ExitPolicy,
         *,
         vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
         streamer: Any = None,
         seed: int | None = None,
         **options: Any,
@@ -132,6 +134,7 @@ class LlamaCppRuntime(CalledAsModel):
                 self._entry = self.entry(vision_cache)
             prepared, prompts = self._entry.read(inputs, options)
             executor: Any = plan.executor()
+            executor.prefixes = prefix_cache
             rows = len(prompts)
             schedule = ASK_AT_ONCE if rows == 1 else Schedule.of(rows)
             return write_answers(

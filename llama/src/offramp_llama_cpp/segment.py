@@ -179,12 +179,13 @@ class Segment:
         """Return the number of rows that were fed to a sequence."""
         return self._rows[slot].length
 
-    def begin(self, prompt: Prompt | None = None, slot: int = 0) -> None:
-        """Forget a sequence. Its next rows are those of `prompt`, whose positions and features
-        they have; None: text, from position 0 on."""
+    def begin(self, prompt: Prompt | None = None, slot: int = 0, kept: int = 0) -> None:
+        """Forget a sequence but for its first `kept` rows, which `prompt` begins with too. The next
+        rows are those of the prompt, whose positions and features they have; None: text, from
+        position 0 on."""
         row = self._rows[slot]
-        if row.length:
-            self.crop(row.length, slot)
+        row.length = min(row.length, kept)
+        self._forget(slot)
         prompt = prompt or _PLAIN
         row.positions = prompt.table(self.axes, self._most)
         features = prompt.features if self.features else None
@@ -337,10 +338,14 @@ class Segment:
     def crop(self, rows: int, slot: int = 0) -> None:
         """Forget the last `rows` rows of a sequence."""
         if rows:
-            row = self._rows[slot]
-            row.length -= rows
-            first = int(row.positions[0, row.length])
-            self._lib.llama_memory_seq_rm(self._memory, slot, first, -1)
+            self._rows[slot].length -= rows
+            self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Forget what stands after a sequence's length."""
+        row = self._rows[slot]
+        first = int(row.positions[0, row.length])
+        self._lib.llama_memory_seq_rm(self._memory, slot, first, -1)
 
     def close(self) -> None:
         """Give the memory back; the segment is of no use afterwards."""

@@ -7,8 +7,8 @@ seconds are of the CPU, taken while another core was in use; the photographs cho
 answered is kept in runs/photographs.
 
 "dialogues": `photo-chat` is asked as `offramp chat` asks, each way behind its own answers. Every
-turn opens the file; the tower's output is kept between turns and, in PyTorch alone, so are the keys
-and values of the prompt before: llama.cpp reads each turn's prompt anew. "same" is the share of
+turn opens the file; the tower's output is kept between turns, and so are the keys and values of the
+prompt before. "same" is the share of
 turns whose answer is full depth's; "after_reading_over_full" leaves out what the photograph's
 reading took: file, processor and tower.
 
@@ -99,9 +99,7 @@ def writes(opened: Opened, name: Name, most: int, **options: Any) -> Any:
 
 def talked(talk: Talk, name: Name, opened: Opened) -> dict[str, Any]:
     """ids and CPU seconds by stage of each turn, and tokens of the whole dialogue."""
-    kept: dict[str, Any] = {"vision_cache": VisionCache()}
-    if name[0] == PLAIN:
-        kept["prefix_cache"] = PrefixCache(1)
+    kept: dict[str, Any] = {"vision_cache": VisionCache(), "prefix_cache": PrefixCache(1)}
     encoder, turns, told = opened.encoder, list[dict[str, Any]](), list[Any]()
     write = writes(opened, name, usual_length(opened.adapter, MOST), **kept)
 

@@ -1,0 +1,177 @@
+"""Laws of prompts whose beginning is kept inside llama.cpp: a later turn of a dialogue is answered
+as if its prompt had been run whole, and runs only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from gguf_cases import GREEDY, adapter_of, drafting, inputs_of
+
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.features.prefix_cache import PrefixCache
+from offramp_llama_cpp import LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.segment import EngineOptions
+
+pytestmark = pytest.mark.llama_cpp
+
+EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
+"""As near to PyTorch in float32 as llama.cpp comes."""
+ENDS = {**GREEDY, "eos_token_id": [*range(0, families.VOCABULARY, 3)], "pad_token_id": 0}
+"""So many end tokens that untrained models soon say one."""
+TEXT = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+"""What a turn adds to each of a prompt's rows; None: its own ids."""
+NAMES = ("llava", "qwen2-vl", "qwen3-vl")
+"""Plain; several positions a row, which the rows of an image share; and features beside the rows.
+"""
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], LlamaCppRuntime]]:
+    """`loaded(name)`: a runtime of exits that draft on, loaded once."""
+    made: list[LlamaCppRuntime] = []
+
+    @cache
+    def load(name: str) -> LlamaCppRuntime:
+        adapter = drafting(adapter_of(name))
+        folder: Path = tmp_path_factory.mktemp("kept")
+        export_gguf(adapter, folder, "f32")
+        made.append(LlamaCppRuntime(adapter, folder, engine=EXACT))
+        return made[-1]
+
+    yield load
+    for runtime in made:
+        runtime.close()
+
+
+def longer(inputs: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    """The prompt with more text behind it."""
+    more = torch.tensor([ids])
+
+    def rows(name: str, value: Any) -> Any:
+        if name not in TEXT:
+            return value
+        fill = TEXT[name]
+        added = more if fill is None else torch.full_like(more, fill)
+        return torch.cat([value, added.to(value.dtype)], 1)
+
+    return {name: rows(name, value) for name, value in inputs.items()}
+
+
+def policies(runtime: LlamaCppRuntime) -> dict[str, ExitPolicy]:
+    own, depths = runtime.policy, runtime.adapter.exits.depths
+    drafts = dict.fromkeys(depths, 0.0)
+    early = replace(own, lossless=False, drafts={}, thresholds=dict.fromkeys(depths, 0.3))
+    return {
+        "full": FULL,
+        "lossless": own,
+        "early exit": early,
+        "every token at the exit": replace(early, thresholds={depths[0]: 0.0}),
+        "trust 0": replace(own, lossless=False, thresholds={}, drafts=drafts, trust=0.0),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_are_answered_as_if_they_were_run_whole(name: str, loaded: Any) -> None:
+    """In each mode, and in one after another: what a mode left to the layers above its exits the
+    next one runs."""
+    runtime = loaded(name)
+    ways = policies(runtime)
+    orders = [[way] * 3 for way in ways]
+    orders += [["every token at the exit", "lossless", "full"], ["full", "trust 0", "early exit"]]
+    orders += [["trust 0", "early exit", "full"], ["lossless", "full", "lossless"]]
+    for order in orders:
+        cache, inputs = PrefixCache(1), inputs_of(name)
+        for turn, way in enumerate(order):
+            policy, kept = ways[way], cache.reused
+            how = {"policy": policy, "return_dict_in_generate": True, **ENDS}
+            ours = runtime.generate(inputs, prefix_cache=cache, **how)
+            whole = runtime.generate(inputs, **how)  # and so the slot holds what it held
+            assert torch.equal(ours.sequences, whole.sequences), (order, turn)
+            assert torch.equal(ours.depths, whole.depths), (order, turn)
+            if way in ("full", "lossless"):
+                stock = adapter_of(name).backbone.model.generate(**inputs, **ENDS)
+                assert torch.equal(ours.sequences, stock)
+            if turn and order == [way] * 3:
+                assert cache.reused > kept
+            inputs = longer(inputs, [*ours.new_tokens[0].tolist(), 11 + turn, 12, 13])
+
+
+def test_what_is_new_is_all_that_runs(loaded: Any) -> None:
+    runtime, cache, inputs = loaded("llava"), PrefixCache(1), inputs_of("llava")
+    how = {"policy": FULL, "return_dict_in_generate": True, **GREEDY}
+    first = inputs["input_ids"].shape[1]
+    said = runtime.generate(inputs, **how).new_tokens[0].tolist()
+    runtime.generate(longer(inputs, [*said, 11]), prefix_cache=cache, **how)
+    assert (cache.reused, cache.run) == (first, len(said) + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_image_behind_the_same_words_is_looked_at(name: str, loaded: Any) -> None:
+    runtime, cache = loaded(name), PrefixCache(1)
+    one, other = inputs_of(name), inputs_of(name)
+    half = other["pixel_values"].clone()
+    half[..., half.shape[-1] // 2 :] *= -1
+    other["pixel_values"] = half
+    for inputs in (one, other, one):
+        ours = runtime.generate(inputs, policy=FULL, prefix_cache=cache, **GREEDY)
+        stock = adapter_of(name).backbone.model.generate(**inputs, **GREEDY)
+        assert torch.equal(ours.sequences, stock)
+
+
+def test_rows_that_see_each_other_are_run_whole(loaded: Any) -> None:
+    runtime, cache, inputs = loaded("gemma3"), PrefixCache(1), inputs_of("gemma3")
+    for ids in ([11], [12, 13]):
+        asked = longer(inputs, ids)
+        ours = runtime.generate(asked, policy=FULL, prefix_cache=cache, **GREEDY)
+        stock = adapter_of("gemma3").backbone.model.generate(**asked, **GREEDY)
+        assert torch.equal(ours.sequences, stock)
+    assert cache.reused == 0
+
+
+def test_a_prompt_that_ran_without_exits_has_none_of_their_keys(loaded: Any) -> None:
+    runtime, cache, inputs = loaded("llava"), PrefixCache(1), inputs_of("llava")
+    ways = policies(runtime)
+    runtime.generate(inputs, policy=FULL, **GREEDY)
+    asked = longer(inputs, [11])
+    runtime.generate(asked, policy=ways["early exit"], prefix_cache=cache, **GREEDY)
+    assert cache.reused == 0
+    runtime.generate(longer(asked, [12]), policy=FULL, prefix_cache=cache, **GREEDY)
+    assert cache.reused == asked["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("way", ["full", "lossless", "every token at the exit", "trust 0"])
+def test_after_an_answer_that_was_cut_off(way: str, loaded: Any) -> None:
+    """By an error wherever the chain is run."""
+    runtime, inputs = loaded("llava"), inputs_of("llava")
+    how = {"policy": policies(runtime)[way], "return_dict_in_generate": True, **ENDS}
+    asked = longer(inputs, [11, 12])
+    want = runtime.generate(asked, **how)
+    for place, at in ((0, 1), (0, 3), (-1, 1), (-1, 2)):
+        cache, calls = PrefixCache(1), 0
+        segment = runtime._chain.segments[place]
+        feed = segment.feed
+
+        def cut(*args: Any, feed: Any = feed, at: int = at, **kw: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise RuntimeError("cut off")
+            feed(*args, **kw)
+
+        segment.feed = cut
+        try:
+            runtime.generate(inputs, prefix_cache=cache, **how)
+        except RuntimeError:
+            pass
+        finally:
+            del segment.feed
+        ours = runtime.generate(asked, prefix_cache=cache, **how)
+        assert torch.equal(ours.sequences, want.sequences)
+        assert torch.equal(ours.depths, want.depths)
