@@ -44,7 +44,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
-from offramp_lab.records.photographs.opened import CAREFUL, policy_of
+from offramp_lab.records.photographs.opened import THRESHOLDS, policy_of
 from offramp_lab.records.photographs.trust import PROMISED
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
@@ -79,15 +79,14 @@ TINY: dict[str, Any] = {
 """Computes next to nothing: what a step takes is the host's share."""
 FORMAT = "q8_0"
 FULL = "full depth"
+OTHERS = ("trust 0.4", THRESHOLDS, "thresholds 0.4, 0.7")
+"""Policies beside the one that ships."""
 WAYS = {
     FULL: "",
     "full depth, compiled": "",
     "lossless": "exits",
     "early exit": "exits",
-    "early exit, eager": "exits",
-    "early exit, careful": "careful",
-    "early exit, trust 0.4": "trust 0.4",
-    "early exit, trust 0": "trust 0",
+    **{f"early exit, {name}": name for name in OTHERS},
     "EAGLE-3": "",
     "n-grams": "",
 }
@@ -198,10 +197,8 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """Return the policies by folder: as the exits ship, at thresholds at which more answers are
-    full depth's, and by trust."""
-    by_trust = {name: policy_of(adapter, name) for name in ("trust 0.4", "trust 0")}
-    return {"exits": adapter.policy, "careful": policy_of(adapter, CAREFUL), **by_trust}
+    """Return the policies by folder: as the exits ship, and `OTHERS`."""
+    return {"exits": adapter.policy, **{name: policy_of(adapter, name) for name in OTHERS}}
 
 
 def prompts(arguments: Any) -> dict[str, Any]:

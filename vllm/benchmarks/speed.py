@@ -37,17 +37,16 @@ NGRAMS = {
     "prompt_lookup_min": 2,
     "prompt_lookup_max": 4,
 }
-EAGER = "full depth", "early exit, eager", "EAGLE-3", "n-grams"
+EAGER = "full depth", "EAGLE-3", "n-grams"
 """The other ways run as vLLM does by itself, compiled."""
 WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
     "full depth": (None, None, "full"),
     "full depth, compiled": (None, None, "full"),
     "lossless": ("exits", EXITS, "lossless"),
-    "early exit": ("exits", None, "early_exit"),
-    "early exit, eager": ("exits", None, "early_exit"),
-    "early exit, careful": ("careful", None, "early_exit"),
+    "early exit": ("exits", EXITS, "early_exit"),
     "early exit, trust 0.4": ("trust 0.4", EXITS, "early_exit"),
-    "early exit, trust 0": ("trust 0", EXITS, "early_exit"),
+    "early exit, thresholds 0.1, 0.5": ("thresholds 0.1, 0.5", None, "early_exit"),
+    "early exit, thresholds 0.4, 0.7": ("thresholds 0.4, 0.7", None, "early_exit"),
     "EAGLE-3": (None, EAGLE, "full"),
     # Last: after it no other engine starts in this process.
     "n-grams": (None, NGRAMS, "full"),

@@ -37,12 +37,19 @@ LONGEST = 32
 
 def trusting(policy: ExitPolicy, adapter: Adapter, longest: int) -> ExitPolicy:
     """Return the policy whose trust is searched: a round drafts an answer of up to `longest` tokens
-    to its end, or as far as one call verifies."""
+    to its end, or as far as one call verifies. First tokens are drafted like all others, unless
+    prompts run to full depth."""
     exits = adapter.exits
     drafts = policy.drafts or {exits.depths[-1 if exits.draft_on else 0]: 0.0}
     most = max(policy.max_draft, min(longest, LONGEST))
     return replace(
-        policy, thresholds={}, lossless=False, drafts=drafts, max_draft=most, trust=NOTHING
+        policy,
+        thresholds={},
+        lossless=False,
+        drafts=drafts,
+        max_draft=most,
+        first=policy.first and None,
+        trust=NOTHING,
     )
 
 

@@ -24,12 +24,13 @@ TOWER, TORCH = "onnxruntime", "torch"
 LARGE = f"{TOWER}, 12 megapixels"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
 EARLY = "early exit"
-WHOLE = "early exit, prompt run whole"
+WHOLE, THRESHOLDS = "early exit, prompt run whole", "thresholds 0.1, 0.5"
 MODES = {
     FULL: "full depth",
     SHORT: "full depth, the same shortlist",
     STATIC: "every token at the exit",
     EARLY: "early exit, as it ships",
+    THRESHOLDS: "early exit by thresholds",
     LOSSLESS: "lossless",
     "trust 0": "by trust of `0`",
     WHOLE: "early exit, prompt run whole",

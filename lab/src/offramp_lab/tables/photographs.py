@@ -5,7 +5,7 @@ from functools import partial
 from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
 from offramp_lab.experiments.factors import LOSSLESS
-from offramp_lab.tables.end_to_end import EARLY, FULL, MODES, PLAIN, Q8
+from offramp_lab.tables.end_to_end import EARLY, FULL, MODES, PLAIN, Q8, THRESHOLDS
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -121,7 +121,7 @@ def long_answers() -> Table:
     full depth all of it is."""
     found = by(record("dialogues")["long"]["entries"], "engine", "mode")
     rows = []
-    for mode in (FULL, LOSSLESS, EARLY):
+    for mode in (FULL, LOSSLESS, THRESHOLDS):
         own = [found[engine, mode] for engine in (PLAIN, Q8)]
         told = [
             (_stages(entry["milliseconds"]), times_with_range(entry["over_full"])) for entry in own

@@ -6,7 +6,8 @@ from offramp_lab.tables.markdown import MakeTable, Value, record, times_with_ran
 WAYS = {
     "full": "full depth",
     "early exit": "early exit, as it ships",
-    "early exit, untrained": "the same, untrained exit",
+    "thresholds": "early exit by thresholds",
+    "thresholds, untrained": "the same, untrained exit",
     "static": "every token at the exit",
     "exit drafts": "lossless: the exit drafts, as it ships",
     "exit drafts, untrained": "the same, untrained exit",

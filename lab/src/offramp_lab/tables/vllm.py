@@ -14,9 +14,9 @@ FULL = "vLLM", "full depth, compiled"
 NAMES = {
     "full depth, compiled": "full depth",
     "early exit": "early exit, as it ships",
-    "early exit, careful": "early exit, careful thresholds",
     "early exit, trust 0.4": "early exit by a trust of 0.4",
-    "early exit, trust 0": "early exit by a trust of 0",
+    "early exit, thresholds 0.1, 0.5": "early exit by thresholds of 0.1, first tokens 0.5",
+    "early exit, thresholds 0.4, 0.7": "early exit by thresholds of 0.4, first tokens 0.7",
 }
 
 
@@ -73,7 +73,7 @@ def loads() -> Table:
         value = measured("1")[key].get("tokens_a_round")
         return f"{value:.1f}" if value else ""
 
-    keys = [key for key in measured("1") if key[1] != "early exit, eager"]
+    keys = [*measured("1")]
     rounds = {"tokens a round at 1": drafted} if any(map(drafted, keys)) else {}
     as_full = partial(kept, which="full_answers")
     whole = {"full depth's answers, of 100": as_full} if any(map(as_full, keys)) else {}

@@ -47,8 +47,8 @@ from offramp_lab.records.record import Group, Record, Turns
 from offramp_lab.records.subjects import halves, text_of
 
 RECORD = Record("dialogues", "offramp_lab.records.photographs.dialogues")
-LONG_MODES = (way.FULL_DEPTH, LOSSLESS, way.EARLY)
-MODES = (*LONG_MODES, "trust 0")
+LONG_MODES = (way.FULL_DEPTH, LOSSLESS, way.THRESHOLDS)
+MODES = (way.FULL_DEPTH, LOSSLESS, way.EARLY, "trust 0")
 """Of dialogues."""
 TURNS, MOST = 5, 64
 """Questions of a dialogue, and tokens of an answer where no calibration says how many."""

@@ -23,17 +23,15 @@ from offramp_lab.records.record import Group, Record, Turns
 PACKED = way.in_format(f"float32, {way.PREPACKED}")
 RIVALS = (way.RIVAL, *(f"{way.ALONE}{formats}" for formats in ("iq4_nl", Q8, "q4_0")))
 """llama.cpp alone."""
-ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
+ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.THRESHOLDS, LOSSLESS)
 """Modes in which questions are answered."""
-TAKEN = "trust 0"
-"""The trust at which no draft is verified."""
 SLOTS = 8
 
 
 def names(_: Opened) -> list[Name]:
     """The ways to caption a photograph."""
     every, few = (*way.MODES, way.SHORT), (way.FULL_DEPTH, way.EARLY, LOSSLESS)
-    ours = {PLAIN: every, PACKED: few, Q8: (*every, TAKEN), "f16": few}
+    ours = {PLAIN: every, PACKED: few, Q8: every, "f16": few}
     return [
         *((rival, way.FULL_DEPTH, TOWER) for rival in RIVALS),
         (way.STOCK, way.FULL_DEPTH, TORCH),

@@ -59,12 +59,10 @@ HOW: dict[str, tuple[str, str | None]] = {
 }
 """Formats in PyTorch: precision of the states, and what weights are rounded to."""
 FULL_DEPTH, SHORT, STATIC, EARLY = "full", "full, shortlist", "static", "early exit"
-CAREFUL, WHOLE_PROMPT = "early exit, careful", "early exit, prompt run whole"
-STUDENT, LESS = "student", "early exit, 0.6 / 0.7"
-MODES = (FULL_DEPTH, STATIC, EARLY, CAREFUL, WHOLE_PROMPT, LOSSLESS)
-"""Those of the exits that ship, as they are."""
-LEVELS = {CAREFUL: (0.4, 0.7), LESS: (0.6, 0.7)}
-"""Other thresholds than those that ship: of every token, and of the first one."""
+WHOLE_PROMPT, STUDENT = "early exit, prompt run whole", "student"
+THRESHOLDS = "thresholds 0.1, 0.5"
+"""Of every token, and of the first one: the fastest that are promised as much as what ships."""
+MODES = (FULL_DEPTH, STATIC, EARLY, THRESHOLDS, WHOLE_PROMPT, LOSSLESS)
 ENGINE = EngineOptions(context=512)
 COMES = replace(ENGINE, kernels=False)
 """As llama.cpp comes."""
@@ -103,13 +101,14 @@ def at(policy: ExitPolicy, depths: Sequence[int], thresholds: float, first: floa
 
 
 def policy_of(adapter: Adapter, mode: str) -> ExitPolicy:
-    """The policy of a mode, of an adapter as it ships: one of `MODES`, `LEVELS`, or "trust 0.1"."""
+    """The policy of a mode, of an adapter as it ships: one of `MODES`, other thresholds, or a
+    trust, such as "trust 0.1"."""
     policy, depths = adapter.policy, adapter.exits.depths
     if mode.startswith("trust "):
         by_trust = trusting(replace(policy, trust=None), adapter, LONGEST["captions"])
         return replace(by_trust, trust=float(mode.removeprefix("trust ")))
-    if mode in LEVELS:
-        return at(policy, [*policy.thresholds] or depths, *LEVELS[mode])
+    if mode.startswith("thresholds "):
+        return at(policy, depths, *map(float, mode.removeprefix("thresholds ").split(", ")))
     if mode == WHOLE_PROMPT:
         return replace(policy, first={})
     if mode == LOSSLESS:

@@ -41,8 +41,8 @@ from offramp_lab.records.record import Record, Turns, asked
 from offramp_lab.records.subjects import halves, text_of, tiny_with
 
 RECORD = Record("trust", "photographs")
-LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
-THRESHOLDS = {way.EARLY: "as ships", way.CAREFUL: "careful", way.LESS: "0.6 / 0.7"}
+TRUST = {level: f"trust {level:g}" for level in (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)}
+THRESHOLDS = (way.THRESHOLDS, "thresholds 0.4, 0.7", "thresholds 0.6, 0.7")
 ENGINES = {PLAIN: "torch", Q8: "llama.cpp q8_0"}
 TINY_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 PROMISED = 0.0625
@@ -61,12 +61,8 @@ def called(policy: ExitPolicy) -> dict[str, str]:
     return {
         "full": way.FULL_DEPTH,
         "lossless": LOSSLESS,
-        **{f"trust {level:g}": f"trust {level:g}" for level in LEVELS},
-        **{
-            f"thresholds {name}": mode
-            for mode, name in THRESHOLDS.items()
-            if mode != way.EARLY or policy.thresholds
-        },
+        **{n: n if level != policy.trust else way.EARLY for level, n in TRUST.items()},
+        **{name: name for name in THRESHOLDS},
     }
 
 
