@@ -45,7 +45,6 @@ from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.photographs.opened import THRESHOLDS, policy_of
-from offramp_lab.records.photographs.trust import PROMISED
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
 from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
@@ -55,6 +54,8 @@ from offramp_vllm.exports.vllm import PROMPTS, _language_model, export_vllm
 RECORD = Record("vllm", "vllm/benchmarks/record_vllm.py")
 DRAFTER = RUNS / "side_by_side" / "drafter"
 LOADS = (1, 8, 24)
+PROMISED = 0.0625
+"""CIDEr that may be lost."""
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 SPEED, FORCED = (Path(__file__).with_name(f"{name}.py") for name in ("speed", "forced"))
 SHAPE: dict[str, Any] = {

@@ -3,9 +3,9 @@
 Captions at full depth, losslessly, at levels of trust, and by thresholds, in PyTorch and in
 llama.cpp. CPU seconds of the process, from the processor's output on (with the vision tower).
 "even" in it: the share of changed answers from which thresholds are as fast as lossless decoding;
-of the tiny models' captions and questions too. These and "certified", a trust in q8_0 calibrated on
-the choosing half, are measured by `python -m offramp_lab.records.photographs.trust`, with T5's
-exits from `offramp demo t5 --out runs/demo`. "taken" in it: answers that were taken at a level, and
+of the tiny models' captions and questions too, which `python -m
+offramp_lab.records.photographs.trust` measures, with T5's exits from `offramp demo t5 --out
+runs/demo`. "taken" in it: answers that were taken at a level, and
 differ; "judged" beside each, and beside full depth's own, is a reader's who saw the photograph:
 right; partly, as with another action or colour; or wrong. It stays for the same answers.
 """
@@ -13,40 +13,33 @@ right; partly, as with another action or colour; or wrong. It stays for the same
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from examples.photo_vlm.evaluate import LONGEST
-from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import TINY
-from offramp.calibration.calibrate import calibrate
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.evaluation.timing import generate_fn, timed
-from offramp.promises.guarantee import SCALES
-from offramp_lab.experiments.experiment import Rates, bar, identical, times
+from offramp_lab.experiments.experiment import Rates, identical, times
 from offramp_lab.experiments.factors import LOSSLESS, Name
 from offramp_lab.places import RUNS
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, Q8, TOWER, Opened
 from offramp_lab.records.photographs.told import AFTER_PICTURE, Spec, Told, worth
 from offramp_lab.records.record import Record, Turns, asked
-from offramp_lab.records.subjects import halves, text_of, tiny_with
+from offramp_lab.records.subjects import text_of, tiny_with
 
 RECORD = Record("trust", "photographs")
 TRUST = {level: f"trust {level:g}" for level in (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)}
 THRESHOLDS = (way.THRESHOLDS, "thresholds 0.4, 0.7", "thresholds 0.6, 0.7")
 ENGINES = {PLAIN: "torch", Q8: "llama.cpp q8_0"}
 TINY_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-PROMISED = 0.0625
-"""CIDEr that may be lost."""
 SCENES = 100
 """Each with a caption and two questions, of the tiny models' world."""
 RESAMPLED = 2000
@@ -94,8 +87,9 @@ def figures(told: Told) -> dict[str, Any]:
         if engine == PLAIN:
             read = own[f"trust {READ:g}"]
             found["taken"] = taken(told, own["full"].answers, read.answers)
-    kept = {name: one for name, one in before.items() if name in ("scenes", "certified")}
-    return {"photographs": len(told.examples), "entries": entries, **found, "even": even_at, **kept}
+    scenes = before.get("scenes", SCENES)
+    found |= {"even": even_at, "scenes": scenes}
+    return {"photographs": len(told.examples), "entries": entries, **found}
 
 
 def even(told: Taken) -> dict[str, float]:
@@ -134,39 +128,6 @@ def taken(
         {"photograph": key, "full": one, "taken": own, "judged": judged.get((key, one, own))}
         for key, one, own in differ[:COUNT]
     ]
-
-
-# -- what is promised -----------------------------------------------------------------------------
-
-
-def certified(arguments: Namespace) -> dict[str, Any]:
-    """Return the lowest trust in q8_0 that is promised to lose at most `PROMISED`, and its risk, by
-    the choosing half."""
-    opened = Opened(arguments.adapter, RUNS / "photographs")
-    adapter, scale = opened.adapter, SCALES["cider_drop"]
-    choosing, _ = halves(arguments.data)
-    found = calibrate(
-        adapter,
-        opened.encoder,
-        choosing,
-        replace(adapter.policy, trust=1.0),
-        target=PROMISED / scale,
-        risk="cider_drop",
-        frequencies=read_photographs(arguments.data)["captions"],
-        runtime=opened.llama(adapter, Q8, "exits", TOWER),
-        progress=bar("certified"),
-        max_new_tokens=LONGEST["captions"],
-    )
-    assert found.measured is not None and found.bound is not None
-    return {
-        "target": PROMISED,
-        "confidence": found.confidence,
-        "trust": found.policy.trust,
-        "measured": scale * found.measured,
-        "bound": scale * found.bound,
-        "photographs": found.n,
-        "attempt": found.attempts[-1].number,
-    }
 
 
 # -- tiny models ----------------------------------------------------------------------------------
@@ -208,8 +169,7 @@ SPEC = Spec(RECORD, names, figures, photographs=300)
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True)
-    RECORD.add({"certified": certified(arguments)})
+    asked(__doc__)
     found = {f"tiny {kind}": even(of_tiny(kind)) for kind in TINY}
     RECORD.add({"even": RECORD.read().get("even", {}) | found, "scenes": SCENES})
 
