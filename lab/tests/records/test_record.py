@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def test_a_record_of_parts_makes_all_of_them_unless_some_are_named(
     assert made == [("one", 3), ("two", 3), ("two", 5)]
     found = {"one": {"of": "one"}, "two": {"of": "two"}}
     assert found.items() <= record.read().items()
+
+
+def test_a_part_tells_when_and_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On another machine, the others stay as the first one measured them."""
+    for name in ("RECORDS", "RUNS"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    record = Record("some")
+    parts = {name: partial(dict, of=name) for name in ("one", "two", "three")}
+    for machine, asked in ("Zen 4", ["one", "two"]), ("Zen 5", ["two", "three"]):
+        monkeypatch.setattr(module, "generation", lambda _, machine=machine: machine)
+        record.parts(parts, asked)
+    told = {name: origin["generation"] for name, origin in record.read()["origins"].items()}
+    assert told == {"one": "Zen 4", "two": "Zen 5", "three": "Zen 5"}
 
 
 def test_a_path_may_have_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

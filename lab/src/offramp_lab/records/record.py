@@ -76,12 +76,20 @@ class Record:
 
     def parts(self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str]) -> None:
         """Measure the parts that are asked for, keep each in runs/, and put the record together
-        from those that are there and, of others, what it has."""
+        from those that are there and, of others, what it has. "origins" in it: when, and on what
+        machine, each part was measured."""
         files = {name: self.work / f"{name}.json" for name in made}
         for name in asked:
             write_json(files[name], made[name]())
-        found = self.read() | {n: read_json(f) for n, f in files.items() if f.is_file()}
-        self.write({name: found[name] for name in made if name in found})
+        before = self.read()
+        origins = {name: _told(before["provenance"]) for name in made if name in before}
+        origins |= before.get("origins", {}) | dict.fromkeys(asked, _told(self.origin()))
+        found = before | {n: read_json(f) for n, f in files.items() if f.is_file()}
+        self.write({**{name: found[name] for name in made if name in found}, "origins": origins})
+
+
+def _told(origin: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: origin[name] for name in ("date", "generation")}
 
 
 def generation(processor: str) -> str:

@@ -270,6 +270,5 @@ TABLES: dict[str, MakeTable] = {
 FIGURES: dict[str, Make] = {
     "end-to-end-skipped": partial(of_skipping, EARLY),
     "end-to-end-skipped-lossless": partial(of_skipping, LOSSLESS),
-    "five-confidence": partial(beside_static, EARLY),
     "five-student": partial(beside_static, "student"),
 }

@@ -27,7 +27,8 @@ def side_by_side() -> Table:
     found = record("side_by_side")
     rows = []
     for name, title in WAYS.items():
-        told = _of(name)
+        if not (told := _of(name)):
+            continue
         one = told[1]
         rows.append(
             (
