@@ -82,9 +82,9 @@ def test_a_part_tells_when_and_where_it_was_measured(
         monkeypatch.setattr(module, name, tmp_path / name)
     record = Record("some")
     parts = {name: partial(dict, of=name) for name in ("one", "two", "three")}
-    for machine, asked in ("Zen 4", ["one", "two"]), ("Zen 5", ["two", "three"]):
+    for machine, some in ("Zen 4", ["one", "two"]), ("Zen 5", ["two", "three"]):
         monkeypatch.setattr(module, "generation", lambda _, machine=machine: machine)
-        record.parts(parts, asked)
+        record.parts(parts, some)
     told = {name: origin["generation"] for name, origin in record.read()["origins"].items()}
     assert told == {"one": "Zen 4", "two": "Zen 5", "three": "Zen 5"}
 

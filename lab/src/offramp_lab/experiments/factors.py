@@ -20,6 +20,7 @@ from offramp_lab.experiments.experiment import Rates, same, times
 
 STAGES = ("picture", "tower", "entry", "prompt", "decoding")
 DECODING = ("decoding",)
+DECODER = ("prompt", *DECODING)
 Entry = Mapping[str, Any]
 Name = tuple[str, str, str]
 NAMED = ("engine", "mode", "tower")
@@ -49,13 +50,13 @@ class Measured:
         return cls([*map(len, answers)], milliseconds, scores, answers)
 
     def rates(self, stages: Sequence[str] = STAGES) -> Rates:
-        """Answers and their seconds in these stages; of decoding alone the tokens after the first
-        and their seconds."""
+        """Answers and their seconds in these stages; of the decoder's stages tokens, of decoding
+        alone without the first."""
         columns = [STAGES.index(stage) for stage in stages]
         seconds = self.milliseconds[:, columns].sum(1) / 1e3
-        if stages == DECODING:
-            return np.stack([np.array([max(0, n - 1) for n in self.tokens], float), seconds])
-        return np.stack([np.ones(len(self.tokens)), seconds])
+        tokens = np.array(self.tokens, float)
+        counts = {DECODING: np.maximum(tokens - 1, 0), DECODER: tokens}
+        return np.stack([counts.get(tuple(stages), np.ones(len(tokens))), seconds])
 
     def drafted(self, full: Measured) -> Measured:
         """The same of an answer by drafts, with decoding counted as `decoding` says: what the

@@ -5,7 +5,15 @@ from functools import partial
 
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import DECODING, LOSSLESS, NAMED, STAGES, factors, read
+from offramp_lab.experiments.factors import (
+    DECODER,
+    DECODING,
+    LOSSLESS,
+    NAMED,
+    STAGES,
+    factors,
+    read,
+)
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -24,7 +32,7 @@ TOWER, TORCH = "onnxruntime", "torch"
 LARGE = f"{TOWER}, 12 megapixels"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
 EARLY = "early exit"
-WHOLE, THRESHOLDS = "early exit, prompt run whole", "thresholds 0.1, 0.5"
+THRESHOLDS = "thresholds 0.1, 0.5"
 MODES = {
     FULL: "full depth",
     SHORT: "full depth, the same shortlist",
@@ -33,11 +41,10 @@ MODES = {
     THRESHOLDS: "early exit by thresholds",
     LOSSLESS: "lossless",
     "trust 0": "by trust of `0`",
-    WHOLE: "early exit, prompt run whole",
     "student": "student of five layers",
 }
 ENGINES = {"generate": "Hugging Face's `generate`", PLAIN: "PyTorch, float32", F16: "f16"}
-THINGS = ("format", "kernels", "head", "layers skipped", "prompt", "batch")
+THINGS = ("format", "kernels", "head", "layers skipped", "batch")
 Chain = Sequence[tuple[str, tuple[str, str, str]]]
 
 
@@ -130,7 +137,7 @@ def _shown(entry: Value) -> bool:
         return False
     if entry["tower"] == TORCH and entry["engine"] != "generate":
         return False
-    if entry["mode"] not in MODES or entry["mode"] in (SHORT, WHOLE):
+    if entry["mode"] not in MODES or entry["mode"] == SHORT:
         return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, F16) or entry["mode"] in few
@@ -167,11 +174,9 @@ def _chain(*steps: tuple[str, str, str]) -> Chain:
     return [(thing, (engine, mode, TOWER)) for thing, engine, mode in steps]
 
 
-def _skipping(engine: str, mode: str, *, whole: bool = False) -> Sequence[tuple[str, str, str]]:
-    """The steps from full depth to a mode. whole: whether a step has the prompt run whole."""
+def _skipping(engine: str, mode: str) -> Sequence[tuple[str, str, str]]:
+    """The steps from full depth to a mode."""
     steps = [] if mode == LOSSLESS else [("head", engine, SHORT)]
-    if whole:
-        return [*steps, ("layers skipped", engine, WHOLE), ("prompt", engine, mode)]
     return [*steps, ("layers skipped", engine, mode)]
 
 
@@ -180,30 +185,27 @@ OVER_LLAMA = "end to end in q8_0 over llama.cpp's fastest, "
 
 def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
     """Chains by what their multiple is of, and the stages that count."""
-    few, every = (PLAIN, Q8), (PLAIN, PACKED, F16, Q8)
-    engines = {EARLY: few, LOSSLESS: every}
+    parts = {
+        EARLY: ("prompt and decoding", DECODER, (PLAIN, Q8)),
+        LOSSLESS: ("decoding", DECODING, (PLAIN, PACKED, F16, Q8)),
+    }
     fastest = (("", FASTEST, FULL), ("format", "llama.cpp q8_0", FULL), ("kernels", Q8, FULL))
     slots = f"batch of {record('end_to_end')['slots']}"
     return {
         **{
-            f"decoding, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
+            f"{what}, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
                 _chain(("", engine, FULL), *_skipping(engine, mode)),
-                DECODING,
+                stages,
             )
-            for mode, some in engines.items()
+            for mode, (what, stages, some) in parts.items()
             for engine in some
         },
         **{
-            OVER_LLAMA + MODES[mode]: (
-                _chain(*fastest, *_skipping(Q8, mode, whole=mode == EARLY)),
-                STAGES,
-            )
-            for mode in engines
+            OVER_LLAMA + MODES[mode]: (_chain(*fastest, *_skipping(Q8, mode)), STAGES)
+            for mode in parts
         },
         "eight at once over one at full depth, PyTorch": (
-            _chain(
-                ("", PLAIN, FULL), *_skipping(PLAIN, EARLY, whole=True), ("batch", slots, EARLY)
-            ),
+            _chain(("", PLAIN, FULL), *_skipping(PLAIN, EARLY), ("batch", slots, EARLY)),
             STAGES,
         ),
     }

@@ -70,12 +70,12 @@ def by_format(
 
 
 def speeds() -> Table:
-    """Tokens a CPU second, and multiples of llama.cpp's own full depth. Lossless decoding has no
-    row: its first drafts are verified in the prompt's call."""
+    """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
     entries = timed_entries(record("runtimes"))
     rows: dict[str, tuple[str, str, Callable[[Value], str]]] = {
         "llama.cpp alone, one file": ("llama.cpp {}", "full", _speed),
         "exits off": ("{}", "full", _speed),
+        "lossless": ("{}", "lossless", _speed),
         "early exit": ("{}", "early exit", _speed),
         "early exit, over exits off": ("{}", "early exit", lambda one: _ratio(one, "over_full")),
         "early exit, llama.cpp's kernels": ("{}, its own kernels", "early exit", _speed),

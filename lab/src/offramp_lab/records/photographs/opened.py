@@ -59,10 +59,9 @@ HOW: dict[str, tuple[str, str | None]] = {
 }
 """Formats in PyTorch: precision of the states, and what weights are rounded to."""
 FULL_DEPTH, SHORT, STATIC, EARLY = "full", "full, shortlist", "static", "early exit"
-WHOLE_PROMPT, STUDENT = "early exit, prompt run whole", "student"
-THRESHOLDS = "thresholds 0.1, 0.5"
-"""Of every token, and of the first one: the fastest that are promised as much as what ships."""
-MODES = (FULL_DEPTH, STATIC, EARLY, THRESHOLDS, WHOLE_PROMPT, LOSSLESS)
+STUDENT, THRESHOLDS = "student", "thresholds 0.1, 0.5"
+"""The latter are of every token, and of the first one: promised as much as what ships."""
+MODES = (FULL_DEPTH, STATIC, EARLY, THRESHOLDS, LOSSLESS)
 ENGINE = EngineOptions(context=512)
 COMES = replace(ENGINE, kernels=False)
 """As llama.cpp comes."""
@@ -109,8 +108,6 @@ def policy_of(adapter: Adapter, mode: str) -> ExitPolicy:
         return replace(by_trust, trust=float(mode.removeprefix("trust ")))
     if mode.startswith("thresholds "):
         return at(policy, depths, *map(float, mode.removeprefix("thresholds ").split(", ")))
-    if mode == WHOLE_PROMPT:
-        return replace(policy, first={})
     if mode == LOSSLESS:
         return replace(policy, lossless=True, trust=None)
     return {FULL_DEPTH: FULL, EARLY: policy, STATIC: always(policy, depths[0])}[mode]

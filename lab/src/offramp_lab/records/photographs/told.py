@@ -12,7 +12,7 @@ from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import times
-from offramp_lab.experiments.factors import DECODING, LOSSLESS, STAGES, Measured, Name, named
+from offramp_lab.experiments.factors import DECODER, STAGES, Measured, Name, named
 from offramp_lab.records.photographs.opened import Opened
 from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import text_of
@@ -88,15 +88,12 @@ def worth(own: Measured, full: Measured) -> dict[str, Any]:
 def speeds(
     told: Mapping[Name, Measured], bases: Callable[[Name], Mapping[str, Name]]
 ) -> list[dict[str, Any]]:
-    """An entry for each way: decoded tokens a CPU second, seconds of an
-    answer, and the speed over that of others, each with its interval over photographs.
+    """An entry for each way: tokens a CPU second of prompt and answer, seconds of an answer, and
+    the speed over that of others, each with its interval over photographs.
 
     bases: of a way, the others by the name of the ratio; those that were not measured are left out.
     """
-    rates = {}
-    for name, own in told.items():
-        drafted = own.drafted(told[name[0], "full", name[2]]) if name[1] == LOSSLESS else own
-        rates[name] = drafted.rates(DECODING)
+    rates = {name: own.rates(DECODER) for name, own in told.items()}
     entries = []
     for name, own in told.items():
         to = {over: base for over, base in bases(name).items() if base in rates}
