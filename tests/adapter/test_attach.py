@@ -210,6 +210,8 @@ def test_a_backbone_and_an_adapter_are_one_line(opt: Any) -> None:
         f"Adapter(exits at 2, 4 of 6 layers of {opt.name}; thresholds: 0.5 at depth 2; "
         "guarantee: none)"
     )
+    trusting = adapter.with_policy(replace(adapter.policy, trust=0.4))
+    assert "; trust: 0.4; " in repr(trusting)
     promised = replace(adapter, calibration={"risk": "r", "target": 0.01, "measured": 0.0})
     assert "not guaranteed here: the calibration does not say" in repr(promised)
     kind = type(opt.model).__name__

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,9 +326,14 @@ def test_a_wrong_path_is_told_before_pytorch_is_imported() -> None:
 
 
 def test_a_loaded_model_is_shown_in_five_lines() -> None:
-    shown = repr(load("tiny-opt", engine="torch")).splitlines()
-    assert len(shown) == 5 and max(map(len, shown)) <= 80
-    assert "exits at depth: 2" in shown[2]
+    loaded = load("tiny-opt", engine="torch")
+    adapter = loaded.adapter
+    trusting = adapter.with_policy(replace(adapter.policy, trust=0.4))
+    ways = {"thresholds: 0.": loaded, "trust: 0.4": replace(loaded, adapter=trusting)}
+    for decides, one in ways.items():
+        shown = repr(one).splitlines()
+        assert len(shown) == 5 and max(map(len, shown)) <= 80
+        assert "exits at depth: 2" in shown[2] and shown[3].strip().startswith(decides)
 
 
 # -- a sliced folder -------------------------------------------------------------------------------

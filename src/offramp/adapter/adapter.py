@@ -74,14 +74,13 @@ class Adapter(AttachedExits, Records):
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
-        ends = str(self.policy.thresholds) or "none"
         found = self.standing()
         bound = f"guarantee: {found.promise.claim}" if found.promise else found.sentence
         runs = () if self.certificate is None else self.certificate.runs
         verified = "".join(f"; verified: {run.words}" for run in runs)
         return (
             f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
-            f"thresholds: {ends}; {bound or 'guarantee: none'}{verified})"
+            f"{self.policy.decides}; {bound or 'guarantee: none'}{verified})"
         )
 
     @property

@@ -87,7 +87,7 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
         log.info("Written to %s.", out)
     if better:
         say_next(f"offramp generate {out}{one_again(arguments)} --mode lossless")
-    elif adapter.policy.thresholds:
+    elif adapter.policy.own_mode == "early_exit":
         say_next(f"offramp generate {out}{one_again(arguments)}")
     elif adapter.attempts:
         log.info(NEITHER)

@@ -61,12 +61,11 @@ class Loaded:
     def __repr__(self) -> str:
         policy, backbone = self.adapter.policy, self.adapter.backbone
         depths = ", ".join(map(str, self.adapter.exits.depths)) if self.has_exits else "none"
-        found = ", ".join(f"{depth}: {x:g}" for depth, x in policy.thresholds.items()) or "none"
         return (
             f"Loaded model of {backbone.depth} layers on {backbone.model.device}\n"
             f"  engine: {self.engine}, {self.sequences} at a time\n"
             f"  exits at depth: {depths}\n"
-            f"  thresholds: {found}\n"
+            f"  {policy.decides}\n"
             f"  answers: loaded.answer(image, prompt), of {self.longest} tokens at most"
         )
 

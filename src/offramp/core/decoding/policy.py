@@ -141,6 +141,13 @@ class ExitPolicy:
         return self.first is None or bool(self.first)
 
     @property
+    def decides(self) -> str:
+        """What early exit goes by, for people: "thresholds: 0.9 at depth 2" or "trust: 0.4"."""
+        if self.trust is not None:
+            return f"trust: {self.trust:g}"
+        return f"thresholds: {Thresholds(self.thresholds) or 'none'}"
+
+    @property
     def effective(self) -> ExitPolicy:
         """Return the policy with the thresholds in use: where exits draft, `drafts` if given."""
         if not (self.drafting and self.drafts):
