@@ -62,15 +62,15 @@ def test_a_record_is_put_together_from_the_parts_that_are_there(
 
     record, parts = Record("some"), {name: made(name) for name in ("one", "two", "three")}
     record.parts(parts, ["two"])
-    assert list(record.read()) == ["two", "provenance"]
+    assert list(record.read()) == ["two", "origins", "provenance"]
     record.parts(parts, ["one"])
     found = read_json(record.path)
-    assert asked == ["two", "one"] and list(found) == ["one", "two", "provenance"]
+    assert asked == ["two", "one"] and list(found) == ["one", "two", "origins", "provenance"]
     assert found["provenance"]["command"] == "offramp_lab.records.some"
     for file in (tmp_path / "RUNS" / "some").iterdir():  # as in another checkout
         file.unlink()
     record.parts(parts, ["three"])
-    assert list(record.read()) == ["one", "two", "three", "provenance"]
+    assert list(record.read()) == ["one", "two", "three", "origins", "provenance"]
 
 
 def test_a_first_finding_stays(tmp_path: Path) -> None:

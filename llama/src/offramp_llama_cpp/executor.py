@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts, FeedOn
 from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.decoding.reader import Decide
-from offramp.features.prefix_cache import PrefixCache
 from offramp_llama_cpp.chain import SegmentChain
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.graphs import Array
 from offramp_llama_cpp.native.drafts import FeedLoop
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
+
+
+if TYPE_CHECKING:
+    from offramp.features.prefix_cache import PrefixCache  # of PyTorch's tensors
 
 
 class ChainOutput(NamedTuple):

@@ -25,6 +25,7 @@ from reference import Script
 from offramp.core import plugins
 from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
 from offramp.core.decoding.policy import (
+    FULL,
     RETIRED,
     ExitPolicy,
     policy_from_json,
@@ -298,3 +299,12 @@ def test_what_earlier_versions_left_out_is_read_as_exact_with_a_warning(more: An
     with pytest.warns(UserWarning, match=next(iter(more))) as said:
         assert policy_from_json({**plain, **more}) == ExitPolicy({2: 0.5})
     assert len(said) == 1
+
+
+def test_a_registered_drafter_is_asked_for_without_exits(ngram: str) -> None:
+    """By a request that says so, too."""
+    policy = ExitPolicy(lossless=True, drafts={ngram: 0.0})
+    assert policy.asked("lossless", None, ()) == policy
+    assert policy.asked(None, None, ()) == FULL
+    with pytest.raises(InputError, match="the engine runs none"):
+        policy.asked("early_exit", None, ())

@@ -3,8 +3,8 @@
 `python -m offramp_lab.records.side_by_side` needs photographs and onnxruntime, and first trains an
 EAGLE-3 drafter on the full model's captions of the training split. All ways caption the same
 photographs in the batch engine (PyTorch, float32, one thread), one at a time and several at once,
-in turns. They are early exit by what ships, by thresholds with the exits that ship and with
-untrained ones, and every token at the exit; losslessly exits that draft on, untrained exits,
+in turns. They are early exit by thresholds, with the exits that ship and with untrained ones, and
+every token at the exit; losslessly exits that draft on, untrained exits,
 EAGLE-3, and n-grams of the text. CPU milliseconds to the first token (picture and vision tower
 included, and the prompts before it where several come at once), and for each that follows. What was
 answered is kept in runs/side_by_side, so that a run that was cut off goes on there.
@@ -35,7 +35,7 @@ from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.factors import LOSSLESS
 from offramp_lab.methods.eagle import NAME, load_drafter
 from offramp_lab.records.batched import Batched, answered
-from offramp_lab.records.photographs.opened import EARLY, STATIC, THRESHOLDS, TOWER, policy_of
+from offramp_lab.records.photographs.opened import STATIC, THRESHOLDS, TOWER, policy_of
 from offramp_lab.records.photographs.told import scores
 from offramp_lab.records.record import Group, Record, Turns, words
 from offramp_lab.records.subjects import halves, load_photo
@@ -48,7 +48,7 @@ AT_ONCE = (1, 8, 32)
 def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Batched]:
     """All ways by name."""
     exits = adapter.exits
-    policy = {mode: policy_of(adapter, mode) for mode in (EARLY, THRESHOLDS, STATIC, LOSSLESS)}
+    policy = {mode: policy_of(adapter, mode) for mode in (THRESHOLDS, STATIC, LOSSLESS)}
     untrained = partial(Exits, adapter.backbone, exits.depths)  # as training begins with them
     fresh, other = (
         replace(exits, modules=untrained(kind=kind).requires_grad_(False))
@@ -60,7 +60,6 @@ def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Batched]:
     ngram = replace(lossless, drafts={"ngram": 0.0}, max_draft=3, **none)
     return {
         "full": Batched(FULL),
-        "early exit": Batched(policy[EARLY], exits),
         "thresholds": Batched(policy[THRESHOLDS], exits),
         "thresholds, untrained": Batched(policy[THRESHOLDS], fresh),
         "static": Batched(policy[STATIC], exits),

@@ -142,7 +142,7 @@ class ExitPolicy:
 
     @property
     def decides(self) -> str:
-        """What early exit goes by, for people: "thresholds: 0.9 at depth 2" or "trust: 0.4"."""
+        """Return what early exit goes by: "thresholds: 0.9 at depth 2", or "trust: 0.4"."""
         if self.trust is not None:
             return f"trust: {self.trust:g}"
         return f"thresholds: {Thresholds(self.thresholds) or 'none'}"
@@ -221,7 +221,7 @@ class ExitPolicy:
         check_known("Mode", [mode], MODES)
         if mode == "full" or (own and not depths):
             return FULL
-        if not depths:
+        if not depths and not (mode == "lossless" and self.drafter):
             raise InputError(
                 "A request wants exits, and the engine runs none.",
                 "Give the engine an adapter whose policy has thresholds, or use mode='full'.",

@@ -2,8 +2,8 @@
 
 In PyTorch, float32: full depth, also by way of the exit's shortlist; every token at the exit, which
 is a static model of five layers; a student of five layers, as `examples.photo_vlm.student` left it
-in the folder that --student names; exits by their confidence, at the thresholds that are promised
-as much as what ships; and what ships. Captions and questions.
+in the folder that --student names; and exits by their confidence, at thresholds that are promised
+as much as what ships. Captions and questions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from offramp_lab.records.photographs.opened import PLAIN, TOWER
 from offramp_lab.records.photographs.told import Spec, Told
 from offramp_lab.records.record import Record
 
-MODES = (way.FULL_DEPTH, way.STATIC, way.THRESHOLDS, way.EARLY, way.SHORT, way.STUDENT)
+MODES = (way.FULL_DEPTH, way.STATIC, way.THRESHOLDS, way.SHORT, way.STUDENT)
 
 
 def bases(name: Name) -> dict[str, Name]:
