@@ -22,7 +22,6 @@ from offramp_llama_cpp.native.drafts import FeedLoop
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
 
-
 if TYPE_CHECKING:
     from offramp.features.prefix_cache import PrefixCache  # of PyTorch's tensors
 

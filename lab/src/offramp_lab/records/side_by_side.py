@@ -4,10 +4,10 @@
 EAGLE-3 drafter on the full model's captions of the training split. All ways caption the same
 photographs in the batch engine (PyTorch, float32, one thread), one at a time and several at once,
 in turns. They are early exit by thresholds, with the exits that ship and with untrained ones, and
-every token at the exit; losslessly exits that draft on, untrained exits,
-EAGLE-3, and n-grams of the text. CPU milliseconds to the first token (picture and vision tower
-included, and the prompts before it where several come at once), and for each that follows. What was
-answered is kept in runs/side_by_side, so that a run that was cut off goes on there.
+every token at the exit; losslessly exits that draft on, untrained exits, EAGLE-3, and n-grams of
+the text. CPU milliseconds to the first token (picture and vision tower included, and the prompts
+before it where several come at once), and for each that follows. What was answered is kept in
+runs/side_by_side, so that a run that was cut off goes on there.
 """
 
 from __future__ import annotations
