@@ -29,6 +29,7 @@ from offramp.cli.commands import generate
 from offramp.core.errors import StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json
+from offramp.engines import ENGINES, DecoderEngine
 from offramp.engines.loading import load, usual_prompt
 from offramp.inputs.image import open_rgb
 from offramp.promises.verdict import EXACT, NONE
@@ -282,6 +283,28 @@ def test_chat_answers_each_line_as_generate_does(
     image = ("tiny-opt", "--image", photos / "0.png", "--max-new-tokens", 6)
     code, out, _ = run("chat", *image)
     assert code == 0 and out == 2 * run("generate", *image, "--prompt", "Caption:", "--stream")[1]
+
+
+def test_a_chat_asks_an_engine_that_keeps_no_prompts_for_none(
+    run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a plug-in, or of CUDA graphs."""
+
+    class Plain:
+        name, rows = "plain", 1
+
+        def __init__(self, adapter: Any) -> None:
+            self.adapter = adapter
+
+        def generate(self, inputs: Any, **options: Any) -> Any:
+            assert "prefix_cache" not in options
+            return self.adapter.generate(inputs, **options)
+
+    engine = DecoderEngine(lambda model, **_: Plain(model), replaces=True)
+    monkeypatch.setitem(ENGINES, "plain", engine)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\n\n"))
+    image = photos / "0.png"
+    assert run("chat", "tiny-opt", "--image", image, "--engine", "plain")[0] == 0
 
 
 def test_a_chat_reads_each_line_behind_those_before(

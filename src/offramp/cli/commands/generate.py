@@ -163,7 +163,7 @@ def generate(arguments: argparse.Namespace) -> None:
         from offramp.features.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
-    if arguments.interactive:
+    if arguments.interactive and getattr(runtime, "keeps_prompts", False):
         from offramp.features.prefix_cache import PrefixCache
 
         options["prefix_cache"] = PrefixCache(1)

@@ -35,9 +35,13 @@ NO_THRESHOLDS = (
 
 class CalledAsModel:
     """The base of objects that are called as a Hugging Face model's `generate` and exit early by a
-    policy: an adapter, or a runtime in PyTorch's place."""
+    policy: an adapter, or a runtime in PyTorch's place.
+
+    keeps_prompts: whether `generate` takes a `prefix_cache`, and reuses the beginnings of prompts.
+    """
 
     backbone: Backbone
+    keeps_prompts: bool = True
 
     def generate(
         self,
