@@ -129,9 +129,12 @@ class SegmentChain:
                 segment.tap.stop = place in unused
 
     def shared(self, prompt: Prompt, unused: Sequence[int] = (), slot: int = 0) -> int:
-        """Return how many tokens of a prompt a sequence begins with that may be kept: 0 where the
-        exits that are to run did not all run, or where an answer was cut off so that tokens of it
-        are in no segment."""
+        """Return the number of a prompt's first tokens that the sequence has already run, so that
+        they need not run again.
+
+        It is 0 if an exit that will be used was not run for them, or if an error cut the last
+        answer off and tokens were lost.
+        """
         before = self._prompts[slot]
         if before is None or not self._unused[slot].issubset(unused):
             return 0

@@ -86,7 +86,7 @@ class ChainDrafter:
         self._segment.close()
 
     def shared(self, slot: int, prompt: Prompt) -> int:
-        """Return how many tokens of a prompt may be kept, as of `SegmentChain.shared`."""
+        """Return the number of a prompt's first tokens that the drafter has already taken."""
         return self._chain.shared(prompt, slot=slot) if slot in self._wanted else 0
 
     def begin(self, slot: int, prompt: Prompt | None, kept: int = 0) -> None:

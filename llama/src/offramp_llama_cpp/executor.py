@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from offramp_llama_cpp.graphs import Array
 from offramp_llama_cpp.native.drafts import FeedLoop
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
-
-if TYPE_CHECKING:
-    from offramp.features.prefix_cache import PrefixCache  # of PyTorch's tensors
 
 
 class ChainOutput(NamedTuple):
@@ -49,9 +46,9 @@ class ChainExecutor:
 
     stand: depths of the chain's exits. depths: of those in use. embed: the states [1, D] of a token
     at a position. exact: as of `SegmentChain.reset`. drafter: of answers whose drafts it writes.
-    prefixes: counts the tokens that a prompt shares with the one before in its slot, where these
-    are to be kept; else None.
     loop: feeds what the first exit says, where that is the chain's first; None: the decoder does.
+    count: is told of each prompt how many tokens the slot still had of the prompt before, which are
+    not run again, and how many are run; None: prompts are run whole.
     """
 
     rows: int | None = 1  # rows that have nothing to say do not go along
@@ -68,6 +65,7 @@ class ChainExecutor:
         exact: bool,
         drafter: ChainDrafter | None = None,
         loop: FeedLoop | None = None,
+        count: Callable[[int, int], None] | None = None,
     ) -> None:
         self.depths: tuple[int, ...] = tuple(depths)
         self.drafter: ChainDrafter | None = drafter
@@ -78,7 +76,7 @@ class ChainExecutor:
         self._free = set(range(chain.slots))
         self.feed_on: FeedOn | None = None if loop is None else partial(self._feed_on, loop)
         self._opening: set[int] = set()  # slots whose prompt is to be verified with first drafts
-        self.prefixes: PrefixCache | None = None
+        self._count = count
 
     def read(
         self,
@@ -118,15 +116,15 @@ class ChainExecutor:
         return ChainPrompt(slot, columns, chain.finish(1, slot), None)
 
     def _kept(self, prompt: Prompt, slot: int, *, drafts: bool) -> int:
-        """How many of a prompt's tokens the slot's last prompt began with; 0 where none are to be
-        kept. drafts: whether the drafter needs them too."""
-        if self.prefixes is None:
+        """How many of a prompt's first tokens need not run again. drafts: whether the drafter must
+        have run them too."""
+        if self._count is None:
             return 0
         kept = self._chain.shared(prompt, self._unused, slot)
         if drafts and self.drafter is not None:  # which takes what comes through its exit
             came = self._chain.segments[self._stand.index(self.drafter.depth)].length_of(slot)
             kept = min(kept, came, self.drafter.shared(slot, prompt))
-        self.prefixes.count(kept, len(prompt.states) - kept)
+        self._count(kept, len(prompt.states) - kept)
         return kept
 
     def load(self, prompt: ChainPrompt, row: int) -> LoadedPrompt:

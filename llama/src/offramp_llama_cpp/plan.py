@@ -48,8 +48,10 @@ def chain_plan(
     if not drafts and chain.slots == 1 and depths[:1] == tuple(stand[:1]):
         feeds = loop() if policy.score == "max_probability" else None
 
-    def executor(**_: Any) -> ChainExecutor:
-        return ChainExecutor(chain, stand, embed, depths, exact=exact, drafter=own, loop=feeds)
+    def executor(*, count: Callable[[int, int], None] | None = None, **_: Any) -> ChainExecutor:
+        return ChainExecutor(
+            chain, stand, embed, depths, exact=exact, drafter=own, loop=feeds, count=count
+        )
 
     made = drafter_at(
         levels,

@@ -31,8 +31,11 @@ class Prompt:
     ahead: tuple[Span, ...] = ()
 
     def common(self, other: Prompt) -> int:
-        """Return how many rows this prompt and another begin with alike, bit for bit, without this
-        one's last row; 0 where any rows look ahead. What follows them stands after all of them."""
+        """Return the length of the longest common beginning of two prompts, bit for bit.
+
+        This prompt's last row never counts, since its logits are needed. The beginning does not end
+        inside an image whose rows share positions, and is 0 where rows look ahead.
+        """
         n = min(len(self.states) - 1, len(other.states))
         same = (self.states[:n] == other.states[:n]).all(1)
         for own, its in zip(self._beside(n), other._beside(n), strict=True):

@@ -133,8 +133,8 @@ class LlamaCppRuntime(CalledAsModel):
             if self._entry is None or self._entry.vision_cache is not vision_cache:
                 self._entry = self.entry(vision_cache)
             prepared, prompts = self._entry.read(inputs, options)
-            executor: Any = plan.executor()
-            executor.prefixes = prefix_cache
+            count = None if prefix_cache is None else prefix_cache.count
+            executor: Any = plan.executor(count=count)
             rows = len(prompts)
             schedule = ASK_AT_ONCE if rows == 1 else Schedule.of(rows)
             return write_answers(

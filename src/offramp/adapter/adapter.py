@@ -74,13 +74,14 @@ class Adapter(AttachedExits, Records):
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
+        by, level = self.policy.decides
         found = self.standing()
         bound = f"guarantee: {found.promise.claim}" if found.promise else found.sentence
         runs = () if self.certificate is None else self.certificate.runs
         verified = "".join(f"; verified: {run.words}" for run in runs)
         return (
             f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
-            f"{self.policy.decides}; {bound or 'guarantee: none'}{verified})"
+            f"{by}: {level or 'none'}; {bound or 'guarantee: none'}{verified})"
         )
 
     @property

@@ -48,7 +48,7 @@ def trusting(policy: ExitPolicy, adapter: Adapter, longest: int) -> ExitPolicy:
         lossless=False,
         drafts=drafts,
         max_draft=most,
-        first=policy.first and None,
+        first=None if policy.exit_in_prefill else {},
         trust=NOTHING,
     )
 

@@ -463,7 +463,8 @@ def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
 
 def _decides(policy: ExitPolicy) -> str:
     """The policy's thresholds, or its trust, in words."""
-    return str(policy.thresholds) if policy.trust is None else f"by trust, {policy.trust:g}"
+    by, level = policy.decides
+    return f"by trust, {level}" if by == "trust" else level
 
 
 def _without_depths(answers: Any) -> Any:

@@ -145,9 +145,7 @@ def way_of(policy: ExitPolicy) -> tuple[str, str]:
     """Return the name of a policy's way to answer, and its setting in words."""
     if policy.lossless:
         return "lossless", f"at most {policy.max_draft} drafts"
-    if policy.trust is not None:
-        return "trust", f"{policy.trust:g}"
-    return "thresholds", str(policy.thresholds)
+    return policy.decides
 
 
 def _chosen(

@@ -59,13 +59,13 @@ class Loaded:
     sequences: int = 1
 
     def __repr__(self) -> str:
-        policy, backbone = self.adapter.policy, self.adapter.backbone
+        backbone, (by, level) = self.adapter.backbone, self.adapter.policy.decides
         depths = ", ".join(map(str, self.adapter.exits.depths)) if self.has_exits else "none"
         return (
             f"Loaded model of {backbone.depth} layers on {backbone.model.device}\n"
             f"  engine: {self.engine}, {self.sequences} at a time\n"
             f"  exits at depth: {depths}\n"
-            f"  {policy.decides}\n"
+            f"  {by}: {level or 'none'}\n"
             f"  answers: loaded.answer(image, prompt), of {self.longest} tokens at most"
         )
 

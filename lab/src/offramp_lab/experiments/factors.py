@@ -21,6 +21,7 @@ from offramp_lab.experiments.experiment import Rates, same, times
 STAGES = ("picture", "tower", "entry", "prompt", "decoding")
 DECODING = ("decoding",)
 DECODER = ("prompt", *DECODING)
+"""Where drafts share the prompt's call, decoding alone tells nothing."""
 Entry = Mapping[str, Any]
 Name = tuple[str, str, str]
 NAMED = ("engine", "mode", "tower")
@@ -50,8 +51,8 @@ class Measured:
         return cls([*map(len, answers)], milliseconds, scores, answers)
 
     def rates(self, stages: Sequence[str] = STAGES) -> Rates:
-        """Answers and their seconds in these stages; of the decoder's stages tokens, of decoding
-        alone without the first."""
+        """Answers and their seconds in these stages. Of `DECODER` tokens are counted instead, of
+        `DECODING` those after the first."""
         columns = [STAGES.index(stage) for stage in stages]
         seconds = self.milliseconds[:, columns].sum(1) / 1e3
         tokens = np.array(self.tokens, float)

@@ -141,11 +141,12 @@ class ExitPolicy:
         return self.first is None or bool(self.first)
 
     @property
-    def decides(self) -> str:
-        """Return what early exit goes by: "thresholds: 0.9 at depth 2", or "trust: 0.4"."""
+    def decides(self) -> tuple[str, str]:
+        """Return whether early exit follows trust or thresholds, and these in words, such as
+        ("thresholds", "0.9 at depth 2"). Without any the words are empty."""
         if self.trust is not None:
-            return f"trust: {self.trust:g}"
-        return f"thresholds: {Thresholds(self.thresholds) or 'none'}"
+            return "trust", f"{self.trust:g}"
+        return "thresholds", str(Thresholds(self.thresholds))
 
     @property
     def effective(self) -> ExitPolicy:

@@ -8,9 +8,8 @@ answered is kept in runs/photographs.
 
 "dialogues": `photo-chat` is asked as `offramp chat` asks, each way behind its own answers. Every
 turn opens the file; the tower's output is kept between turns, and so are the keys and values of the
-prompt before. "same" is the share of
-turns whose answer is full depth's; "after_reading_over_full" leaves out what the photograph's
-reading took: file, processor and tower.
+prompt before. "same" is the share of turns whose answer is full depth's; "after_reading_over_full"
+leaves out what the photograph's reading took: file, processor and tower.
 
 "long": `photo`, which was trained on one photograph and 30 tokens, captions `MANY` of them in
 exactly `LONG` tokens: none may end the answer before, at full depth too, by Hugging Face's

@@ -60,7 +60,8 @@ HOW: dict[str, tuple[str, str | None]] = {
 """Formats in PyTorch: precision of the states, and what weights are rounded to."""
 FULL_DEPTH, SHORT, STATIC, EARLY = "full", "full, shortlist", "static", "early exit"
 STUDENT, THRESHOLDS = "student", "thresholds 0.1, 0.5"
-"""The latter are of every token, and of the first one: promised as much as what ships."""
+"""A name of thresholds: that of every token, then that of the first one. These are promised as much
+as what ships."""
 MODES = (FULL_DEPTH, STATIC, EARLY, THRESHOLDS, LOSSLESS)
 ENGINE = EngineOptions(context=512)
 COMES = replace(ENGINE, kernels=False)

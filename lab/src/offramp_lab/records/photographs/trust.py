@@ -5,9 +5,9 @@ llama.cpp. CPU seconds of the process, from the processor's output on (with the 
 "even" in it: the share of changed answers from which thresholds are as fast as lossless decoding;
 of the tiny models' captions and questions too, which `python -m
 offramp_lab.records.photographs.trust` measures, with T5's exits from `offramp demo t5 --out
-runs/demo`. "taken" in it: answers that were taken at a level, and
-differ; "judged" beside each, and beside full depth's own, is a reader's who saw the photograph:
-right; partly, as with another action or colour; or wrong. It stays for the same answers.
+runs/demo`. "taken" in it: answers that were taken at a level, and differ; "judged" beside each, and
+beside full depth's own, is a reader's who saw the photograph: right; partly, as with another action
+or colour; or wrong. It stays for the same answers.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def figures(told: Told) -> dict[str, Any]:
         if engine == PLAIN:
             read = own[f"trust {READ:g}"]
             found["taken"] = taken(told, own["full"].answers, read.answers)
-    scenes = before.get("scenes", SCENES)
-    found |= {"even": even_at, "scenes": scenes}
+    found |= {"even": even_at, "scenes": before.get("scenes", SCENES)}
     return {"photographs": len(told.examples), "entries": entries, **found}
 
 
