@@ -17,6 +17,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.WORDLESS}
+WORDS = range(10, 20)
 SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]
 POLICIES = {
     "full": lambda depths: FULL,
@@ -24,17 +25,6 @@ POLICIES = {
     "early, the first too": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05)),
     "lossless": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), lossless=True),
 }
-
-
-def longer(inputs, words):
-    """The prompt with more words behind it."""
-    more = torch.arange(10, 10 + words)[None]
-    found = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1)}
-    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            fill = 1 if name == "attention_mask" else 0
-            found[name] = torch.cat([inputs[name], torch.full((1, words), fill)], 1)
-    return found
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -46,7 +36,7 @@ def test_the_next_turn_is_answered_as_without_and_only_the_new_is_run(
     rule = POLICIES[policy](parts.depths)
     run = {"exits": parts if rule.thresholds else None, "policy": rule, **OPTIONS}
     cache = PrefixCache()
-    turns = [first, longer(first, 3), first]
+    turns = [first, families.longer(first, WORDS[:3]), first]
     plain = [generate(whole, turn, **run) for turn in turns[:2]] * 2
     seen = []
     handle = whole.layers[0].register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
@@ -119,7 +109,7 @@ def test_a_prompt_waits_at_its_exit_the_first_time_and_is_kept_the_second(
     cache, ran = PrefixCache(), []
     plain = generate(whole, inputs, **run)
     read = run_by[0][0]
-    for turn in (inputs, inputs, inputs, longer(inputs, 3)):
+    for turn in (inputs, inputs, inputs, families.longer(inputs, WORDS[:3])):
         before = cache.reused
         run_by[0].clear(), run_by[-1].clear()
         ours = generate(whole, turn, prefix_cache=cache, **run)
@@ -138,7 +128,7 @@ def test_of_a_prompt_that_waits_behind_a_known_one_no_keys_are_kept(engine, back
     whole, parts = backbone("llava"), exits("llava")
     inputs = batch("llava", 1)
     policy, cache = ExitPolicy({parts.depths[0]: 0.0}), PrefixCache()
-    turns = [inputs, inputs, *(longer(inputs, n) for n in (3, 3, 6, 3, 6))]
+    turns = [inputs, inputs, *(families.longer(inputs, WORDS[:n]) for n in (3, 3, 6, 3, 6))]
     deeper = ExitPolicy({parts.depths[0]: 1.0})
     core = EngineCore(whole, parts, policy, EngineConfig(2, 128), prefix_cache=cache)
     for turn in turns:

@@ -1,5 +1,8 @@
 """Tiny random models of every supported family, and what they are called in the tests."""
 
+from collections.abc import Sequence
+
+import torch
 from tiny_families import (
     CAUSAL_PROMPT,
     FURTHER,
@@ -51,6 +54,7 @@ __all__ = [
     "kind_of",
     "known",
     "llama_config",
+    "longer",
     "one_row",
     "opt_config",
     "perturb",
@@ -74,3 +78,12 @@ def one_row(name: str, inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]
         if one[key].shape == (1, longest):
             one[key] = one[key][:, real]
     return one
+
+
+def longer(inputs: dict[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
+    """The prompt with more text behind it."""
+    more = torch.tensor([[*ids]])
+    fills = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+    added = {name: torch.full_like(more, fill) for name, fill in fills.items() if name in inputs}
+    added["input_ids"] = more
+    return {**inputs, **{name: torch.cat([inputs[name], new], 1) for name, new in added.items()}}

@@ -15,6 +15,7 @@ from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp_llama_cpp.segment import EngineOptions
 
 KINDS = ("llava", "blip2-llama", "smolvlm", "internvl", "internvl-qwen3")
 FURTHER = (
@@ -37,6 +38,10 @@ _OTHER_DEPTHS = {"qwen3-vl": (2, 5), "paligemma2-wide": (2, 5), "gemma3": (2, 7)
 layers of one kind alone."""
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
+ENDS = {**GREEDY, "eos_token_id": [*range(0, families.VOCABULARY, 3)], "pad_token_id": 0}
+"""So many end tokens that untrained models soon say one."""
+EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
+"""As near to PyTorch in float32 as llama.cpp comes."""
 SHORT = torch.arange(8, 96, 2)
 
 

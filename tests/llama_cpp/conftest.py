@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_cases import adapter_of
+from gguf_cases import EXACT, adapter_of, drafting
 
-from offramp_llama_cpp import export_gguf, kernels
+from offramp_llama_cpp import LlamaCppRuntime, export_gguf, kernels
 from offramp_llama_cpp.gguf_export import ExportFormats
 from offramp_llama_cpp.native import compiling, products, recipe
 from offramp_llama_cpp.segment import library
@@ -27,6 +28,30 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def drafting_runtime(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., LlamaCppRuntime]]:
+    """`drafting_runtime(name, formats, sequences, compiled)`: of exits that draft on, loaded once.
+    compiled: whether C asks for drafts and reads taps."""
+    made: list[LlamaCppRuntime] = []
+
+    @cache
+    def load(
+        name: str, formats: str = "f32", sequences: int = 1, compiled: bool = True
+    ) -> LlamaCppRuntime:
+        adapter = drafting(adapter_of(name))
+        folder = tmp_path_factory.mktemp("drafting")
+        export_gguf(adapter, folder, formats)
+        engine = replace(EXACT, sequences=sequences, compiled_tap=compiled)
+        made.append(LlamaCppRuntime(adapter, folder, engine=engine))
+        return made[-1]
+
+    yield load
+    for runtime in made:
+        runtime.close()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,18 @@ from typing import Any
 import families
 import pytest
 import torch
-from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, inputs_of, refused
+from gguf_cases import (
+    ENDS,
+    EXACT,
+    FURTHER,
+    GREEDY,
+    KINDS,
+    adapter_of,
+    depths_of,
+    drafting,
+    inputs_of,
+    refused,
+)
 from hub_files import sliced, text_adapter
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts
@@ -21,33 +31,8 @@ from offramp.core.executors.drafter import DraftingExit
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.edge.model import EdgeModel
-from offramp_llama_cpp.segment import EngineOptions
 
 pytestmark = pytest.mark.llama_cpp
-
-EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
-
-
-@pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LlamaCppRuntime]]:
-    """`loaded(name, formats, sequences, compiled)`: a runtime of exits that draft on, loaded once.
-    compiled: whether C asks for drafts and reads taps."""
-    made: list[LlamaCppRuntime] = []
-
-    @cache
-    def load(
-        name: str, formats: str = "f32", sequences: int = 1, compiled: bool = True
-    ) -> LlamaCppRuntime:
-        adapter = drafting(adapter_of(name))
-        folder = tmp_path_factory.mktemp("drafting")
-        export_gguf(adapter, folder, formats)
-        engine = replace(EXACT, sequences=sequences, compiled_tap=compiled)
-        made.append(LlamaCppRuntime(adapter, folder, engine=engine))
-        return made[-1]
-
-    yield load
-    for runtime in made:
-        runtime.close()
 
 
 @pytest.fixture
@@ -83,9 +68,9 @@ def prompts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("formats", ["f32", "q8_0"])
 @pytest.mark.parametrize("name", [*KINDS, *FURTHER])
 def test_answers_are_full_depths(
-    name: str, formats: str, loaded: Callable[..., LlamaCppRuntime], knows: Any
+    name: str, formats: str, drafting_runtime: Callable[..., LlamaCppRuntime], knows: Any
 ) -> None:
-    runtime, inputs = loaded(name, formats), inputs_of(name)
+    runtime, inputs = drafting_runtime(name, formats), inputs_of(name)
     full = runtime.generate(inputs, mode="full", return_dict_in_generate=True, **GREEDY)
     made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(made.sequences, full.sequences)
@@ -100,10 +85,10 @@ def test_answers_are_full_depths(
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_drafts_go_on_as_far_as_pytorchs(
-    compiled: bool, loaded: Callable[..., LlamaCppRuntime]
+    compiled: bool, drafting_runtime: Callable[..., LlamaCppRuntime]
 ) -> None:
     """While the product of their probabilities is what the policy says: a round's counts tell."""
-    runtime, inputs = loaded("llava", compiled=compiled), inputs_of("llava")
+    runtime, inputs = drafting_runtime("llava", compiled=compiled), inputs_of("llava")
     counts = set[int]()
     for sure in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.9):
         drafts = dict.fromkeys(runtime.adapter.exits.depths, sure)
@@ -121,11 +106,15 @@ def test_drafts_go_on_as_far_as_pytorchs(
 def test_a_prompt_is_verified_with_the_exits_first_drafts(
     compiled: bool,
     name: str,
-    loaded: Callable[..., LlamaCppRuntime],
+    drafting_runtime: Callable[..., LlamaCppRuntime],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The exit's own first token is drafted, and what it drafts after that."""
-    runtime, inputs, drafts = loaded(name, compiled=compiled), inputs_of(name), list[list[int]]()
+    runtime, inputs, drafts = (
+        drafting_runtime(name, compiled=compiled),
+        inputs_of(name),
+        list[list[int]](),
+    )
     draft = ChainDrafter.draft
 
     def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
@@ -155,10 +144,10 @@ def test_a_prompt_is_verified_with_the_exits_first_drafts(
 def test_drafts_are_pytorchs(
     compiled: bool,
     name: str,
-    loaded: Callable[..., LlamaCppRuntime],
+    drafting_runtime: Callable[..., LlamaCppRuntime],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runtime = loaded(name, compiled=compiled)
+    runtime = drafting_runtime(name, compiled=compiled)
     alone: tuple[tuple[int, int], ...] = ()
     if not runtime.backbone.family.causal_prompt:
         prompts_run_alone(monkeypatch)
@@ -193,8 +182,10 @@ def test_drafts_are_pytorchs(
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])
-def test_several_rows_draft_as_alone(name: str, loaded: Callable[..., LlamaCppRuntime]) -> None:
-    runtime, alone = loaded(name, "f32", 3), loaded(name)
+def test_several_rows_draft_as_alone(
+    name: str, drafting_runtime: Callable[..., LlamaCppRuntime]
+) -> None:
+    runtime, alone = drafting_runtime(name, "f32", 3), drafting_runtime(name)
     inputs = families.kind_of(name).inputs(3)
     made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
     for row in range(3):
@@ -204,17 +195,13 @@ def test_several_rows_draft_as_alone(name: str, loaded: Callable[..., LlamaCppRu
         assert torch.equal(made.new_tokens[row, :length], expected.new_tokens[0])
 
 
-ENDS = {**GREEDY, "eos_token_id": [*range(0, families.VOCABULARY, 3)], "pad_token_id": 0}
-"""So many end tokens that untrained models soon say one."""
-
-
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", ["llava", "qwen2-vl", "gemma3"])
 def test_by_trust_answers_are_pytorchs_at_every_level(
-    compiled: bool, name: str, loaded: Callable[..., LlamaCppRuntime]
+    compiled: bool, name: str, drafting_runtime: Callable[..., LlamaCppRuntime]
 ) -> None:
     """What is taken, what is verified, and the products by which that is decided."""
-    runtime = loaded(name, compiled=compiled)
+    runtime = drafting_runtime(name, compiled=compiled)
     drafts = dict.fromkeys(runtime.adapter.exits.depths, 0.0)
     for seed in range(2):
         inputs = inputs_of(name, seed)
@@ -235,9 +222,9 @@ def test_by_trust_answers_are_pytorchs_at_every_level(
 
 
 def test_by_trust_several_rows_get_what_they_get_alone(
-    loaded: Callable[..., LlamaCppRuntime],
+    drafting_runtime: Callable[..., LlamaCppRuntime],
 ) -> None:
-    runtime, alone = loaded("llava", "f32", 3), loaded("llava")
+    runtime, alone = drafting_runtime("llava", "f32", 3), drafting_runtime("llava")
     inputs = families.kind_of("llava").inputs(3)
     drafts = dict.fromkeys(runtime.adapter.exits.depths, 0.0)
     for trust in (0.0, 1e-3, 1e-2, 0.1):

@@ -3,65 +3,23 @@ as if its prompt had been run whole, and runs only what is new."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
-from gguf_cases import GREEDY, adapter_of, drafting, inputs_of
+from gguf_cases import ENDS, GREEDY, adapter_of, inputs_of
 
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.features.prefix_cache import PrefixCache
-from offramp_llama_cpp import LlamaCppRuntime, export_gguf
-from offramp_llama_cpp.segment import EngineOptions
+from offramp_llama_cpp import LlamaCppRuntime
 
 pytestmark = pytest.mark.llama_cpp
 
-EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
-"""As near to PyTorch in float32 as llama.cpp comes."""
-ENDS = {**GREEDY, "eos_token_id": [*range(0, families.VOCABULARY, 3)], "pad_token_id": 0}
-"""So many end tokens that untrained models soon say one."""
-TEXT = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
-"""What a turn adds to each of a prompt's rows; None: its own ids."""
 NAMES = ("llava", "qwen2-vl", "qwen3-vl")
 """Plain; several positions a row, which the rows of an image share; and features beside the rows.
 """
-
-
-@pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], LlamaCppRuntime]]:
-    """`loaded(name)`: a runtime of exits that draft on, loaded once."""
-    made: list[LlamaCppRuntime] = []
-
-    @cache
-    def load(name: str) -> LlamaCppRuntime:
-        adapter = drafting(adapter_of(name))
-        folder: Path = tmp_path_factory.mktemp("kept")
-        export_gguf(adapter, folder, "f32")
-        made.append(LlamaCppRuntime(adapter, folder, engine=EXACT))
-        return made[-1]
-
-    yield load
-    for runtime in made:
-        runtime.close()
-
-
-def longer(inputs: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """The prompt with more text behind it."""
-    more = torch.tensor([ids])
-
-    def rows(name: str, value: Any) -> Any:
-        if name not in TEXT:
-            return value
-        fill = TEXT[name]
-        added = more if fill is None else torch.full_like(more, fill)
-        return torch.cat([value, added.to(value.dtype)], 1)
-
-    return {name: rows(name, value) for name, value in inputs.items()}
 
 
 def policies(runtime: LlamaCppRuntime) -> dict[str, ExitPolicy]:
@@ -78,10 +36,10 @@ def policies(runtime: LlamaCppRuntime) -> dict[str, ExitPolicy]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_turns_are_answered_as_if_they_were_run_whole(name: str, loaded: Any) -> None:
+def test_turns_are_answered_as_if_they_were_run_whole(name: str, drafting_runtime: Any) -> None:
     """In each mode, and in one after another: what a mode left to the layers above its exits the
     next one runs."""
-    runtime = loaded(name)
+    runtime = drafting_runtime(name)
     ways = policies(runtime)
     orders = [[way] * 3 for way in ways]
     orders += [["every token at the exit", "lossless", "full"], ["full", "trust 0", "early exit"]]
@@ -95,7 +53,7 @@ def test_turns_are_answered_as_if_they_were_run_whole(name: str, loaded: Any) ->
             if way in ("full", "lossless"):
                 stock = adapter_of(name).backbone.model.generate(**inputs, **ENDS)
                 assert torch.equal(whole.sequences, stock)
-            inputs = longer(inputs, [*whole.new_tokens[0].tolist(), 11 + turn, 12, 13])
+            inputs = families.longer(inputs, [*whole.new_tokens[0].tolist(), 11 + turn, 12, 13])
         for turn, (inputs, how, whole) in enumerate(turns):  # each behind what the last one kept
             kept = cache.reused
             ours = runtime.generate(inputs, prefix_cache=cache, **how)
@@ -105,18 +63,18 @@ def test_turns_are_answered_as_if_they_were_run_whole(name: str, loaded: Any) ->
                 assert cache.reused > kept
 
 
-def test_what_is_new_is_all_that_runs(loaded: Any) -> None:
-    runtime, cache, inputs = loaded("llava"), PrefixCache(1), inputs_of("llava")
+def test_what_is_new_is_all_that_runs(drafting_runtime: Any) -> None:
+    runtime, cache, inputs = drafting_runtime("llava"), PrefixCache(1), inputs_of("llava")
     how = {"policy": FULL, "return_dict_in_generate": True, **GREEDY}
     first = inputs["input_ids"].shape[1]
     said = runtime.generate(inputs, **how).new_tokens[0].tolist()
-    runtime.generate(longer(inputs, [*said, 11]), prefix_cache=cache, **how)
+    runtime.generate(families.longer(inputs, [*said, 11]), prefix_cache=cache, **how)
     assert (cache.reused, cache.run) == (first, len(said) + 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_image_behind_the_same_words_is_looked_at(name: str, loaded: Any) -> None:
-    runtime, cache = loaded(name), PrefixCache(1)
+def test_another_image_behind_the_same_words_is_looked_at(name: str, drafting_runtime: Any) -> None:
+    runtime, cache = drafting_runtime(name), PrefixCache(1)
     one, other = inputs_of(name), inputs_of(name)
     half = other["pixel_values"].clone()
     half[..., half.shape[-1] // 2 :] *= -1
@@ -127,33 +85,33 @@ def test_another_image_behind_the_same_words_is_looked_at(name: str, loaded: Any
         assert torch.equal(ours.sequences, stock)
 
 
-def test_rows_that_see_each_other_are_run_whole(loaded: Any) -> None:
-    runtime, cache, inputs = loaded("gemma3"), PrefixCache(1), inputs_of("gemma3")
+def test_rows_that_see_each_other_are_run_whole(drafting_runtime: Any) -> None:
+    runtime, cache, inputs = drafting_runtime("gemma3"), PrefixCache(1), inputs_of("gemma3")
     for ids in ([11], [12, 13]):
-        asked = longer(inputs, ids)
+        asked = families.longer(inputs, ids)
         ours = runtime.generate(asked, policy=FULL, prefix_cache=cache, **GREEDY)
         stock = adapter_of("gemma3").backbone.model.generate(**asked, **GREEDY)
         assert torch.equal(ours.sequences, stock)
     assert cache.reused == 0
 
 
-def test_a_prompt_that_ran_without_exits_has_none_of_their_keys(loaded: Any) -> None:
-    runtime, cache, inputs = loaded("llava"), PrefixCache(1), inputs_of("llava")
+def test_a_prompt_that_ran_without_exits_has_none_of_their_keys(drafting_runtime: Any) -> None:
+    runtime, cache, inputs = drafting_runtime("llava"), PrefixCache(1), inputs_of("llava")
     ways = policies(runtime)
     runtime.generate(inputs, policy=FULL, **GREEDY)
-    asked = longer(inputs, [11])
+    asked = families.longer(inputs, [11])
     runtime.generate(asked, policy=ways["early exit"], prefix_cache=cache, **GREEDY)
     assert cache.reused == 0
-    runtime.generate(longer(asked, [12]), policy=FULL, prefix_cache=cache, **GREEDY)
+    runtime.generate(families.longer(asked, [12]), policy=FULL, prefix_cache=cache, **GREEDY)
     assert cache.reused == asked["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("way", ["full", "lossless", "every token at the exit", "trust 0"])
-def test_after_an_answer_that_was_cut_off(way: str, loaded: Any) -> None:
+def test_after_an_answer_that_was_cut_off(way: str, drafting_runtime: Any) -> None:
     """By an error wherever the chain is run."""
-    runtime, inputs = loaded("llava"), inputs_of("llava")
+    runtime, inputs = drafting_runtime("llava"), inputs_of("llava")
     how = {"policy": policies(runtime)[way], "return_dict_in_generate": True, **ENDS}
-    asked = longer(inputs, [11, 12])
+    asked = families.longer(inputs, [11, 12])
     want = runtime.generate(asked, **how)
     for place, at in ((0, 1), (0, 3), (-1, 1), (-1, 2)):
         cache, calls = PrefixCache(1), 0

@@ -19,6 +19,7 @@ import pytest
 import torch
 from gguf_cases import (
     DEPTHS,
+    EXACT,
     FURTHER,
     GREEDY,
     KINDS,
@@ -44,8 +45,6 @@ from offramp_llama_cpp.native.drafts import FeedLoop
 
 pytestmark = pytest.mark.llama_cpp
 
-EXACT = segment.EngineOptions(context=256, cache="f32", flash_attention=False)
-"""As near to PyTorch in float32 as llama.cpp comes."""
 USUAL = segment.EngineOptions(context=256)
 
 
