@@ -17,6 +17,7 @@ from offramp.core.errors import InputError
 from offramp.engines import AUTO, auto, loading
 from offramp.engines.auto import Timed, Way, fastest
 from offramp.engines.loading import load
+from offramp.features.vision_engine import IN_BF16
 
 HERE: dict[str, Any] = {
     "dtype": "float32",
@@ -93,6 +94,31 @@ def test_a_promise_keeps_to_ways_under_its_conditions() -> None:
     assert fastest(ways, [in_llama], 1) is LLAMA
     assert fastest(ways, [in_torch, in_llama]) is LLAMA
     assert fastest(ways, [{"conditions": {**HERE, "dtype": "bfloat16"}}]) is LLAMA  # none holds
+
+
+def test_a_tower_that_rounds_is_taken_where_a_calibration_holds_for_it() -> None:
+    """Or where it was asked for, as it is the first way's then."""
+    rounded = replace(
+        LLAMA, vision=IN_BF16, answer=0.01, conditions={**IN_LLAMA, "vision": IN_BF16}
+    )
+    in_llama, in_both = ({"conditions": way.conditions} for way in (LLAMA, rounded))
+    assert fastest([PLAIN, LLAMA, rounded], []) is LLAMA
+    assert fastest([PLAIN, LLAMA, rounded], [in_llama]) is LLAMA
+    assert fastest([PLAIN, LLAMA, rounded], [in_llama, in_both]) is rounded
+    assert fastest([replace(PLAIN, vision=IN_BF16), rounded], []) is rounded
+
+
+def test_towers_that_round_are_measured_where_they_were_calibrated(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle("tiny-opt")
+    plain = len(measured)
+    then = {"conditions": {**IN_LLAMA, "vision": IN_BF16}}
+    monkeypatch.setattr(auto, "calibrations", lambda config: [then])
+    settle("tiny-opt")
+    assert len(measured) > 2 * plain  # and not taken from what was found before it was calibrated
+    settle("tiny-opt", Way(AUTO, "torch"))
+    assert len(measured) < 4 * plain + 2
 
 
 # -- when it is measured ---------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_engine import IN_BF16
 from offramp.inputs.control import WRITTEN
 from offramp.promises.conditions import Conditions, differences, of_processor
 from offramp.promises.conditions import _tokens_digest as tokens_digest
@@ -441,6 +442,9 @@ def test_the_same_policy_may_be_calibrated_in_several_engines(tmp_path: Path) ->
         here = one.of_engine("torch")
         assert here.calibration is not None and here.calibration["n"] == 1000
         assert here.of_engine(name) == one.of_engine(name) and here.of_engine("another") is here
+    rounding = Conditions.of(found.backbone, POLICY, engine=name, **KNOWN).under(vision=IN_BF16)
+    three = both.with_policy(POLICY, calibration(rounding, n=555))
+    assert len(three.elsewhere) == 2 and three.standing(engine=name).promise == promise
     again = both.with_policy(POLICY, calibration(there, n=888))
     assert [*again.elsewhere] == ["torch"] and again.calibration["n"] == 888  # type: ignore[index]
     assert not both.with_policy(replace(POLICY, thresholds={2: 0.8})).elsewhere

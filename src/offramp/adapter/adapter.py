@@ -29,11 +29,13 @@ if TYPE_CHECKING:  # who answers alone needs no promises
 
 
 def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """A calibration by the name of its engine; {} where it names none."""
-    from offramp.promises.conditions import Conditions
+    """A calibration by its `place`; {} where it names no engine."""
+    from offramp.promises.conditions import Conditions, place
 
-    engine = Conditions.of_calibration(calibration).get("engine")
-    return {} if calibration is None or engine is None else {engine: calibration}
+    then = Conditions.of_calibration(calibration)
+    if calibration is None or then.get("engine") is None:
+        return {}
+    return {place(then["engine"], then.get("vision")): calibration}
 
 
 def attach(
@@ -150,12 +152,15 @@ class Adapter(AttachedExits, Records):
         )
 
     def of_engine(self, name: str) -> Adapter:
-        """Return this adapter with the calibration made in the engine of this name; unchanged
-        without one."""
-        if name not in self.elsewhere:
+        """Return this adapter with the calibration made in the engine of this name, with the same
+        vision tower; unchanged without one."""
+        from offramp.promises.conditions import place
+
+        here = place(name, self.backbone.vision_engine)
+        if here not in self.elsewhere:
             return self
         others = {**self.elsewhere, **_by_engine(self.calibration)}
-        return replace(self, calibration=others.pop(name), elsewhere=others)
+        return replace(self, calibration=others.pop(here), elsewhere=others)
 
     @property
     def likeness(self) -> Likeness:

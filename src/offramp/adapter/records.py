@@ -47,7 +47,8 @@ class Records:
     provenance: versions, seed, data digest and command of the training run. metrics: agreement by
     depth on validation data.
     calibration: the guarantee for the policy by `offramp.calibration.calibrate`, if any.
-    elsewhere: guarantees for the same policy in other engines, by engine name.
+    elsewhere: guarantees for the same policy in other engines, by
+    `offramp.promises.conditions.place`.
     seen: digests of training images, see `offramp.data.decontamination`; empty: unknown.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
     certificate: findings of `offramp verify` on the exits; None: none yet.

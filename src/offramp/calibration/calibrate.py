@@ -7,6 +7,8 @@ the path is found on a part of the images that is not tested on (`threshold_sear
 threshold of first tokens. What is drawn is images, and all attempts
 on the same images share one error budget (`attempts`). What the answers were made by is noted
 beside the guarantee (`offramp.promises.guarantee`).
+Answers are held to the full model's in the same engine; where the vision tower rounds, to those by
+the model's own tower in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer
+from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.runtime import Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import Attempt, ImageRows, grouped, images_of, recorded
@@ -39,6 +41,7 @@ from offramp.data.decontamination import check_no_overlap, picture_digests, unse
 from offramp.data.item import Item
 from offramp.features.input_processor import InputProcessor
 from offramp.features.self_check import check_untested
+from offramp.features.vision_engine import ROUNDED
 from offramp.inputs.example import Example, examples_digest
 from offramp.promises.conditions import TORCH, Conditions, differences, of_processor, samples
 from offramp.promises.prompt_kinds import kind_of, prompt_frames
@@ -187,6 +190,12 @@ def _calibrate(
         **how,
         **options,
     )
+    if encoder.backbone.vision_engine in ROUNDED:
+        model, size = encoder.backbone.with_tower(None), how["batch_size"]
+        own = generate_answers(
+            model, encoder, judged, batch_size=size, progress=progress, **options
+        )
+        whole = replace(whole, by_own_tower=own)
     _check_quality(whole)
     also = first == AUTO or (bool(whole.risk.weighed) and frequencies is None)
     search, tested = split_images(whole, images, also=also)
@@ -371,7 +380,7 @@ def _check_examples(
 def _check_quality(whole: ThresholdEvaluator) -> None:
     """Raise `DataError` where the full model has no quality to lose."""
     quality, examples = whole.risk.quality, whole.examples
-    if quality is not None and not quality(whole.full, examples).any():
+    if quality is not None and not quality(whole.held_to, examples).any():
         raise DataError(
             f"The full model is wrong on all {len(examples)} examples, so no drop can be measured.",
             "Check the prompts and the answers, or calibrate without labels: --risk disagreement.",

@@ -43,7 +43,8 @@ class ThresholdEvaluator:
     model's answers. answer: generates answers to examples by a policy. replay: the exits'
     predictions along the full answers; None: a replay cannot show them. doubtful: answers [n] that
     may change although the replay does not show it. costs: of decoding; None: no times are
-    predicted.
+    predicted. by_own_tower: the full model's answers with a vision tower that does not round; None:
+    `full` are such.
     """
 
     depths: tuple[int, ...]
@@ -55,6 +56,7 @@ class ThresholdEvaluator:
     replay: PolicyReplay | None
     doubtful: Array
     costs: Costs | None = None
+    by_own_tower: Sequence[Answer] | None = None
 
     @classmethod
     def of(
@@ -107,12 +109,19 @@ class ThresholdEvaluator:
             costs=costs,
         )
 
+    @property
+    def held_to(self) -> Sequence[Answer]:
+        """Return the answers that losses are against."""
+        return self.full if self.by_own_tower is None else self.by_own_tower
+
     def part(self, rows: Array) -> ThresholdEvaluator:
         """Return the evaluator of these examples alone."""
+        own = self.by_own_tower
         return replace(
             self,
             examples=[self.examples[i] for i in rows.tolist()],
             full=[self.full[i] for i in rows.tolist()],
+            by_own_tower=None if own is None else [own[i] for i in rows.tolist()],
             replay=None if self.replay is None else self.replay.part(rows),
             doubtful=self.doubtful[rows],
         )
@@ -124,19 +133,27 @@ class ThresholdEvaluator:
         return replace(self, policy=policy, replay=replayed)
 
     def losses(self, thresholds: Mapping[int, float]) -> Array:
-        """Return the loss of each answer [n]; answers equal to the full model's lose nothing."""
+        """Return the loss of each answer [n]; those equal to the answers held to lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
         differs = self.doubtful
         if self.replay is not None:
             differs = differs | self.replay.differs(thresholds)
         changed = np.flatnonzero(differs).tolist()
-        losses = np.zeros(len(self.examples))
+        given = dict(enumerate(self.full))
         if changed:
-            examples = [self.examples[i] for i in changed]
-            early = self.answer(examples, policy)
+            early = self.answer([self.examples[i] for i in changed], policy)
             if self.replay is None and all(thresholds.values()):  # at 0 nothing is scored
                 check_scores([np.array([s for a in early for s in a.scores])])
-            losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], examples)
+            given |= dict(zip(changed, early, strict=True))
+        return self._lost([*given.values()])
+
+    def _lost(self, given: Sequence[Answer]) -> Array:
+        """What answers [n] lose."""
+        losses = np.zeros(len(given))
+        pairs = zip(given, self.held_to, strict=True)
+        if other := [i for i, (one, right) in enumerate(pairs) if one.ids != right.ids]:
+            some = ([rows[i] for i in other] for rows in (given, self.held_to, self.examples))
+            losses[other] = self.risk.losses(*some)
         return losses
 
     def at(self, point: Mapping[int, float] | None) -> ExitPolicy:

@@ -307,7 +307,7 @@ class Trial:
         quality = self.tested.risk.quality
         if quality is None:
             return {}
-        worth, kinds = quality(self.tested.full, self.tested.examples), np.array(self.kinds)
+        worth, kinds = quality(self.tested.held_to, self.tested.examples), np.array(self.kinds)
         return {kind: float(worth[kinds == kind].mean()) for kind in sorted(set(self.kinds))}
 
     def likeness(self, early: Sequence[Answer], smallest: int | None) -> Likeness:

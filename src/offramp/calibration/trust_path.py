@@ -111,13 +111,7 @@ class TrustPath(ThresholdEvaluator):
         )
 
     def losses(self, thresholds: Mapping[int, float]) -> Array:
-        losses = np.zeros(len(self.examples))
-        taken = [self._taken(answer, min(thresholds.values())) for answer in self.full]
-        changed = [i for i, own in enumerate(self.full) if taken[i].ids != own.ids]
-        if changed:
-            early, full = [taken[i] for i in changed], [self.full[i] for i in changed]
-            losses[changed] = self.risk.losses(early, full, [self.examples[i] for i in changed])
-        return losses
+        return self._lost([self._taken(one, min(thresholds.values())) for one in self.full])
 
     def _taken(self, answer: Answer, level: float) -> Answer:
         """What is given at a level in place of an answer that was verified to its end."""

@@ -39,6 +39,7 @@ from offramp.core.storage.places import ROOM, reason
 from offramp.core.storage.schema import Amount, Ordinal
 from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
+from offramp.features.vision_engine import ROUNDED
 from offramp.inputs.example import Example
 from offramp.promises.conditions import Conditions, differences, of_backbone
 
@@ -128,8 +129,8 @@ def settled(
         return Way(TORCH, tower)
     if config is None or not _may_pay(config, how):
         return Way(TORCH, tower)
-    model = _digest(config, how)
-    file = cache / f"{digest_rows([model, _here(), threads, vision, together])[:32]}.json"
+    model, towers = _digest(config, how), [vision, *_rounding(config, vision)]
+    file = cache / f"{digest_rows([model, _here(), threads, towers, together])[:32]}.json"
     found = _read(file)
     if found is None and few:
         return Way(TORCH, tower)
@@ -153,9 +154,11 @@ def fastest(
     ways: Sequence[Timed], calibrations: Sequence[Mapping[str, Any]], answers: int | None = None
 ) -> Timed:
     """Return the way with the least seconds among those with the same answers; if a calibration
-    holds in some of these, among these."""
+    holds in some of these, among these. Where only a way's tower rounds, a calibration has to hold
+    for it."""
     able = [way for way in ways if not way.why]
     promised = [way for way in able if _is_promised(way, calibrations)]
+    able = [way for way in able if way.vision not in ROUNDED or way.vision == ways[0].vision]
     most = MANY if answers is None else answers
     return min(promised or able, key=lambda way: way.load + most * way.answer)
 
@@ -189,7 +192,7 @@ def _digest(config: AdapterConfig, how: Mapping[str, Any]) -> str:
     return digest_rows([*exits, dict(config.fingerprint), asked])
 
 
-_PACKAGES = ("offramp", "torch", "transformers", "llama-cpp-python", "onnxruntime")
+_PACKAGES = ("offramp", "torch", "transformers", "llama-cpp-python", "onnxruntime", "openvino")
 
 
 def _here() -> list[Any]:
@@ -257,7 +260,9 @@ def _measured(
     """Measure PyTorch first, then each other way; note what stands against a way."""
     tower = _tower(vision)
     engines = [TORCH, "packed", LLAMA_CPP, *([] if together else [COMPILED])]
-    others = [engine for engine in engines if engine != TORCH or tower not in (TORCH, vision)]
+    others = [Way(name, tower) for name in engines if name != TORCH or tower not in (TORCH, vision)]
+    for rounding in _rounding(config, vision):
+        others += [Way(name, rounding) for name in ("packed", LLAMA_CPP)]
     expected: Any = None
     with progress_bar("preparing the fastest way", total=1 + len(others)) as bar:
         plain = TORCH if vision == AUTO else vision
@@ -265,11 +270,12 @@ def _measured(
         yield made
         bar.update()
         faster = False
-        for engine in others:
+        for engine, tower, _ in others:
             if engine != COMPILED or not faster:  # it compiles for long
                 try:
                     files = _files(opened, model) if engine == LLAMA_CPP else None
-                    made, _ = _timed(opened, Way(engine, tower, files), expected)
+                    same = None if tower in _rounding(config, vision) else expected
+                    made, _ = _timed(opened, Way(engine, tower, files), same)
                 except Exception as error:  # compilers and packages raise nearly anything
                     made = Timed(engine, tower, why=str(error).strip() or type(error).__name__)
                 if made.why:
@@ -279,6 +285,13 @@ def _measured(
                     faster = not then or _is_promised(made, then)
                 yield made
             bar.update()
+
+
+def _rounding(config: AdapterConfig, vision: str) -> list[str]:
+    """Return the vision engines that round with which something was calibrated, where none was
+    asked for."""
+    known = {each.get("vision") for each in map(Conditions.of_calibration, calibrations(config))}
+    return sorted(known & ROUNDED.keys()) if vision == AUTO else []
 
 
 def _tower(vision: str) -> str:

@@ -107,6 +107,13 @@ class Conditions(Mapping[str, Any]):
         return f"Conditions({self._values})"
 
 
+def place(engine: str | None, vision: str | None) -> str:
+    """Return where answers come from, by which calibrations are kept: the name of the decoder's
+    engine (None: PyTorch), and of the vision tower's where that engine rounds."""
+    name = engine or TORCH
+    return f"{name}, vision tower in {vision}" if vision in ROUNDED else name
+
+
 # -- parts -----------------------------------------------------------------------------------------
 
 

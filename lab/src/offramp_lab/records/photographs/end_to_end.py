@@ -3,7 +3,7 @@
 CPU milliseconds of the process: picture (the file and the processor), tower, entry (all else before
 the decoder), prompt (up to the first token), decoding. Towers run in ONNX Runtime; what another
 tower, number format or head is worth has ways of its own, so that each multiple comes in its
-factors (`offramp_lab.experiments.factors`). Rivals: Hugging Face's `generate`, and llama.cpp alone
+factors (`offramp_lab.experiments.factors`). A tower that rounds stands on both sides. Rivals: Hugging Face's `generate`, and llama.cpp alone
 in four formats, fed as we feed it. Last, captions eight at a time in the batch engine.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from offramp_lab.experiments.factors import LOSSLESS, Name, entries_of
 from offramp_lab.records.batched import Batched, answered
 from offramp_lab.records.photographs import opened as way
-from offramp_lab.records.photographs.opened import PLAIN, Q8, TORCH, TOWER, Opened
+from offramp_lab.records.photographs.opened import PLAIN, Q8, ROUNDED, TORCH, TOWER, Opened
 from offramp_lab.records.photographs.told import Spec, Told, scored
 from offramp_lab.records.record import Group, Record, Turns
 
@@ -36,14 +36,19 @@ def names(_: Opened) -> list[Name]:
         *((rival, way.FULL_DEPTH, TOWER) for rival in RIVALS),
         (way.STOCK, way.FULL_DEPTH, TORCH),
         *((engine, mode, TOWER) for engine, modes in ours.items() for mode in modes),
+        (way.RIVAL, way.FULL_DEPTH, ROUNDED),
+        *((Q8, mode, ROUNDED) for mode in few),
     ]
 
 
 def bases(name: Name) -> dict[str, Name]:
     """What a way is compared with: full depth of what decodes it, also with the same shortlist; and
-    llama.cpp alone behind the same tower, in the fastest format of equal CIDEr."""
+    llama.cpp alone in the fastest format of equal CIDEr. Behind a tower that rounds, with the tower
+    that does not, and with the same one."""
     own = name[0] if name[0] in (PACKED, Q8, "f16") else PLAIN
+    same = {"fastest_rounded": (way.RIVAL, way.FULL_DEPTH, ROUNDED)}
     return {
+        **(same if name[2] == ROUNDED else {}),
         "full": (own, way.FULL_DEPTH, TOWER),
         "full_shortlist": (own, way.SHORT, TOWER),
         "fastest": (way.RIVAL, way.FULL_DEPTH, TOWER),

@@ -36,7 +36,7 @@ from offramp_lab.places import RUNS
 from offramp_lab.records.alone import Alone
 from offramp_lab.records.subjects import load_photo, photo_exits
 
-TORCH, TOWER = "torch", "onnxruntime"
+TORCH, TOWER, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
 LARGE = f"{TOWER}, 12 megapixels"
 SHRUNK = f"{LARGE}, shrunk on load"
 """The tower of ways that open photographs of 12 megapixels: whole, and shrunk on load."""
