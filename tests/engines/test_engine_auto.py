@@ -111,14 +111,18 @@ def test_a_tower_that_rounds_is_taken_where_a_calibration_holds_for_it() -> None
 def test_towers_that_round_are_measured_where_they_were_calibrated(
     measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle("tiny-opt")
-    plain = len(measured)
+    """And not where another tower was asked for."""
+
+    def counted(asked: Way) -> list[int]:
+        measured.clear()
+        settle("tiny-opt", asked)
+        return [measured.count(name) for name in ("packed", "llama.cpp")]
+
+    assert counted(OPEN) == [1, 1]
     then = {"conditions": {**IN_LLAMA, "vision": IN_BF16}}
     monkeypatch.setattr(auto, "calibrations", lambda config: [then])
-    settle("tiny-opt")
-    assert len(measured) > 2 * plain  # and not taken from what was found before it was calibrated
-    settle("tiny-opt", Way(AUTO, "torch"))
-    assert len(measured) < 4 * plain + 2
+    assert counted(OPEN) == [2, 2]  # what was found before it was calibrated is not taken
+    assert counted(Way(AUTO, "torch")) == [1, 1]
 
 
 # -- when it is measured ---------------------------------------------------------------------------

@@ -151,9 +151,9 @@ class ThresholdEvaluator:
         """What answers [n] lose."""
         losses = np.zeros(len(given))
         pairs = zip(given, self.held_to, strict=True)
-        if other := [i for i, (one, right) in enumerate(pairs) if one.ids != right.ids]:
-            some = ([rows[i] for i in other] for rows in (given, self.held_to, self.examples))
-            losses[other] = self.risk.losses(*some)
+        if other := [i for i, (one, best) in enumerate(pairs) if one.ids != best.ids]:
+            answers, right = [given[i] for i in other], [self.held_to[i] for i in other]
+            losses[other] = self.risk.losses(answers, right, [self.examples[i] for i in other])
         return losses
 
     def at(self, point: Mapping[int, float] | None) -> ExitPolicy:

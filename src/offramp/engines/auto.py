@@ -291,7 +291,7 @@ def _rounding(config: AdapterConfig, vision: str) -> list[str]:
     """Return the vision engines that round with which something was calibrated, where none was
     asked for."""
     known = {each.get("vision") for each in map(Conditions.of_calibration, calibrations(config))}
-    return sorted(known & ROUNDED.keys()) if vision == AUTO else []
+    return [name for name in ROUNDED if name in known and vision == AUTO]
 
 
 def _tower(vision: str) -> str:

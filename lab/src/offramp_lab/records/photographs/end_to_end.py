@@ -3,8 +3,9 @@
 CPU milliseconds of the process: picture (the file and the processor), tower, entry (all else before
 the decoder), prompt (up to the first token), decoding. Towers run in ONNX Runtime; what another
 tower, number format or head is worth has ways of its own, so that each multiple comes in its
-factors (`offramp_lab.experiments.factors`). A tower that rounds stands on both sides. Rivals: Hugging Face's `generate`, and llama.cpp alone
-in four formats, fed as we feed it. Last, captions eight at a time in the batch engine.
+factors (`offramp_lab.experiments.factors`). A tower that rounds stands on both sides. Rivals:
+Hugging Face's `generate`, and llama.cpp alone in four formats, fed as we feed it. Last, captions
+eight at a time in the batch engine.
 """
 
 from __future__ import annotations
