@@ -10,6 +10,7 @@ import fakes
 import families
 import pytest
 import torch
+from torch import nn
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
@@ -21,6 +22,7 @@ from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.as_loaded import _LOADED, as_loaded, note_loaded
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.models.stand_in import StandIn
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
@@ -442,9 +444,15 @@ def test_the_same_policy_may_be_calibrated_in_several_engines(tmp_path: Path) ->
         here = one.of_engine("torch")
         assert here.calibration is not None and here.calibration["n"] == 1000
         assert here.of_engine(name) == one.of_engine(name) and here.of_engine("another") is here
-    rounding = Conditions.of(found.backbone, POLICY, engine=name, **KNOWN).under(vision=IN_BF16)
-    three = both.with_policy(POLICY, calibration(rounding, n=555))
-    assert len(three.elsewhere) == 2 and three.standing(engine=name).promise == promise
+    for tower in ("onnxruntime", IN_BF16):
+        beside = both.with_policy(POLICY, calibration(there.under(vision=tower), n=555))
+        assert len(beside.elsewhere) == 2 and beside.standing(engine=name).promise == promise
+        with_tower = Adapter(found.backbone.with_tower(StandIn(tower, nn.Identity())), found.exits)
+        parts: dict[str, Any] = {"policy": POLICY, "calibration": beside.calibration}
+        own = replace(with_tower, elsewhere=beside.elsewhere, **parts)
+        for one in (own, own.of_engine(name), own.of_engine("torch").of_engine(name)):
+            assert one.of_engine(name).calibration["n"] == 555  # type: ignore[index]
+        assert own.of_engine("torch").calibration["n"] == 1000  # type: ignore[index]
     again = both.with_policy(POLICY, calibration(there, n=888))
     assert [*again.elsewhere] == ["torch"] and again.calibration["n"] == 888  # type: ignore[index]
     assert not both.with_policy(replace(POLICY, thresholds={2: 0.8})).elsewhere

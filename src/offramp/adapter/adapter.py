@@ -152,15 +152,16 @@ class Adapter(AttachedExits, Records):
         )
 
     def of_engine(self, name: str) -> Adapter:
-        """Return this adapter with the calibration made in the engine of this name, with the same
-        vision tower; unchanged without one."""
+        """Return this adapter with the calibration made in the engine of this name with the same
+        vision tower, or else with the model's own; unchanged without one."""
         from offramp.promises.conditions import place
 
-        here = place(name, self.backbone.vision_engine)
-        if here not in self.elsewhere:
+        known = {**self.elsewhere, **_by_engine(self.calibration)}
+        places = (place(name, self.backbone.vision_engine), name)
+        here = next((one for one in places if one in known), None)
+        if here is None or known[here] is self.calibration:
             return self
-        others = {**self.elsewhere, **_by_engine(self.calibration)}
-        return replace(self, calibration=others.pop(here), elsewhere=others)
+        return replace(self, calibration=known.pop(here), elsewhere=known)
 
     @property
     def likeness(self) -> Likeness:

@@ -109,9 +109,9 @@ class Conditions(Mapping[str, Any]):
 
 def place(engine: str | None, vision: str | None) -> str:
     """Return where answers come from, by which calibrations are kept: the name of the decoder's
-    engine (None: PyTorch), and of the vision tower's where that engine rounds."""
+    engine, and of the vision tower's; None: PyTorch."""
     name = engine or TORCH
-    return f"{name}, vision tower in {vision}" if vision in ROUNDED else name
+    return name if vision in (None, TORCH) else f"{name}, vision tower in {vision}"
 
 
 # -- parts -----------------------------------------------------------------------------------------
