@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_cases import adapter_of, inputs_of
+from offramp_photo import exits_folder
 from PIL import Image
 
+from offramp.adapter.records import calibrations
 from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.save_and_load import read_config
 from offramp.inputs.example import Example
+from offramp.promises.conditions import Conditions, differences
 from offramp_lab.experiments.factors import NAMED, Measured
 from offramp_lab.records.photographs import end_to_end, opened, runtimes, trust
 from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
@@ -104,3 +108,15 @@ def test_thresholds_as_fast_as_lossless_are_found_between_those_measured() -> No
         "thresholds 0.5": (took(2.0), changed),
     }
     assert trust.even(told)["changed"] == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize("tower", [opened.TORCH, opened.TOWER, opened.ROUNDED])
+@pytest.mark.parametrize("engine", ["torch", "llama.cpp f16", f"llama.cpp {opened.Q8}"])
+def test_what_ships_is_promised_behind_every_tower_that_it_is_timed_with(
+    engine: str, tower: str
+) -> None:
+    known = calibrations(read_config(exits_folder()))
+    then = [each["conditions"] for each in known if each["conditions"]["engine"].startswith(engine)]
+    of_backbone = ("dtype", "quantized", "engine", "kernels", "device", "parameters")
+    here = Conditions({name: then[0][name] for name in of_backbone}, vision=tower)
+    assert any(not differences(Conditions(each), here) for each in then)
