@@ -7,13 +7,14 @@ in closed form. It is fitted on three quarters of the answers and judged on
 the others, in turn, and on halves and quarters of what it is fitted on: the share of tokens that it
 leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
 et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
-Then speed is tried, with exits that leave at random, as often as foretold; and losslessly, with
-drafts that are right as often.
+Then speed is tried, with exits that leave at random, as often as foretold; and with drafts, of
+exits that draft on: losslessly, right as often, and in answers that are taken unverified.
 
 What calibration leaves is told of answers: the largest share of tokens that exit while so many
 answers hold none that is wrong, followed likewise, with an interval from drawing the answers again.
 Trust is told in the same way: the share of tokens in answers that are taken unverified, by the
-product of their probabilities; the others are decoded losslessly.
+product of their probabilities; the others are decoded losslessly. There the stand-in knows what an
+exit that drafts on knows: the state where the answer begins, and embeddings of the tokens since.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +31,14 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.adapter.answers import GREEDY, prompted
+from offramp.calibration import draft_thresholds, trust_path
 from offramp.core.errors import DataError, InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, check_depths
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall
-from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp.evaluation.timing import clock_on, exit_generate_fn, in_turn, timed
+from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_drafted, generate_forced
+from offramp.evaluation.timing import beside_full, clock_on, exit_generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered, StateRecorder, check_length
 from offramp.inputs.example import Example
@@ -59,7 +61,7 @@ PIECES = (4, 2, 1)
 RIDGE = 0.003
 """Beside a kernel whose diagonal is 1."""
 BEFORE = 0.3
-"""Weight of what was said before against the state itself, by squared distance."""
+"""Weight of what was before against the state itself, or the tokens since, by squared distance."""
 FEWEST = 16
 """Prompts."""
 SHOWN = 3
@@ -70,6 +72,11 @@ FEWEST_TIMED, TIMED, SECONDS, ROUNDS = 4, 8, 12.0, 5
 """Least and most prompts whose answers are written at full depth and with exits that leave at
 random, seconds that this may take beyond the fewest, and rounds at most."""
 
+_Spared = Callable[[Array, Array, Array, float], float]
+"""`exiting` or `taken`."""
+_Ends = tuple[float, float, float]
+"""A figure with the ends of its interval."""
+
 
 @dataclass(frozen=True)
 class Prospect:
@@ -79,8 +86,8 @@ class Prospect:
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
     tokens stays the full model's.
     speedup: by level, of decoding one answer at a time on this machine, over full depth.
-    calibrated: by target of `RISKS`, for thresholds or trust calibrated to it, whichever is faster:
-    the expected speed, and its 95% interval from the scatter of the answers.
+    thresholds, trust: by target of `RISKS`, for what is calibrated to it: the expected speed, and
+    its 95% interval from the scatter of the answers.
     lossless: speed of lossless decoding, for which the exit drafts; 1 where the model cannot.
     """
 
@@ -88,8 +95,15 @@ class Prospect:
     agreement: float
     settled: Mapping[float, float]
     speedup: Mapping[float, float]
-    calibrated: Mapping[float, tuple[float, float, float]]
+    thresholds: Mapping[float, _Ends]
+    trust: Mapping[float, _Ends]
     lossless: float
+
+    @property
+    def calibrated(self) -> dict[float, _Ends]:
+        """By target, the faster of thresholds and trust."""
+        both = ((target, own, self.trust[target]) for target, own in self.thresholds.items())
+        return {target: max(ways, key=lambda told: told[0]) for target, *ways in both}
 
 
 @dataclass(frozen=True)
@@ -214,6 +228,8 @@ class Suitability:
         entries = asdict(self)
         del entries["shown"]
         rows = [{n: named(v) for n, v in row.items()} for row in entries.pop("prospects")]
+        for row, prospect in zip(rows, self.prospects, strict=True):
+            row["calibrated"] = named(prospect.calibrated)
         return {**entries, "depths": rows}
 
 
@@ -266,7 +282,7 @@ def suitability(
     for depth in chosen:
         shares[depth], scores[depth] = _shares(backbone, seen, depth, more)
     shortlist = seen.spoken if _is_wide(backbone) else None
-    speeds, seconds = _speeds(encoder, answers, shares, shortlist, seed, progress)
+    speeds, seconds = _speeds(encoder, answers, shares, shortlist, max_new_tokens, seed, progress)
     return Suitability(
         layers=backbone.depth,
         prompts=len(examples),
@@ -275,7 +291,7 @@ def suitability(
         shortlist=shortlist is not None,
         seconds=seconds,
         shown=_shown(answers, seen, scores),
-        prospects=tuple(_prospect(depth, *told, speeds=speeds) for depth, told in shares.items()),
+        prospects=tuple(_prospect(depth, told, speeds) for depth, told in shares.items()),
     )
 
 
@@ -300,45 +316,37 @@ def _shown(
     )
 
 
-def _prospect(
-    depth: int,
-    agreement: float,
-    settle: Mapping[float, float],
-    certain: Mapping[float, _Ends],
-    trusted: Mapping[float, _Ends],
-    *,
-    speeds: Mapping[tuple[int, float | None], float],
-) -> Prospect:
-    """certain: shares of tokens that exit, by target, with their intervals; trusted: of tokens in
-    answers that are taken unverified. Seconds of a token are taken as a line between the shares at
-    which speed was tried, and none."""
+def _prospect(depth: int, foretold: _Foretold, speeds: Mapping[_Way, float]) -> Prospect:
+    """Seconds of a token are taken as a line between the shares at which speed was tried, and
+    none."""
     tried = sorted(
         (share, 1 / times)
         for (own, share), times in speeds.items()
-        if own == depth and share is not None
+        if own == depth and not isinstance(share, str)
     )
     shares, seconds = zip((0.0, 1.0), *((s, t) for s, t in tried if s > 0), strict=True)
 
     def speed(share: float) -> float:
         return float(1 / np.interp(share, shares, seconds))
 
-    drafts = speeds[depth, None]
+    lossless = speeds[depth, LOSSLESS]
 
     def trusting(share: float) -> float:
-        return 1 / ((1 - share) / drafts + share / speed(1.0))
+        return 1 / ((1 - share) / lossless + share / speeds[depth, TAKEN])
 
-    def faster(target: float) -> _Ends:
-        ways = (map(speed, certain[target]), map(trusting, trusted[target]))
-        likely, few, many = max(map(tuple, ways), key=lambda told: told[0])
-        return likely, min(few, many), max(few, many)  # where exits slow down, many are slower
+    def ends(way: Callable[[float], float], told: Mapping[float, _Ends]) -> dict[float, _Ends]:
+        speeds = {target: [*map(way, shares)] for target, shares in told.items()}
+        # Where exits slow down, many are slower.
+        return {target: (own[0], min(own[1:]), max(own[1:])) for target, own in speeds.items()}
 
     return Prospect(
         depth,
-        agreement,
-        settle,
-        {n: speed(share) for n, share in settle.items()},
-        {target: faster(target) for target in certain},
-        drafts,
+        foretold.agreement,
+        foretold.settled,
+        {n: speed(share) for n, share in foretold.settled.items()},
+        ends(speed, foretold.exits),
+        ends(trusting, foretold.trusted),
+        lossless,
     )
 
 
@@ -356,13 +364,15 @@ class _Seen:
     """N tokens of the full model's answers. The first of each is left out: it comes out of the
     prompt's pass, is often the same for all prompts, and does not count for decoding's speed.
 
-    untrained: by depth, features [N, D] that an untrained exit gives, and their means [N, D] over
-    the answer so far. final: the final layer's. said: the tokens [N]. spoken: each of them once,
-    ascending. answer: the number [N] of each one's answer, in a random order; order: the number of
-    each answer.
+    untrained: by depth, features [N, D] that an untrained exit gives, their means [N, D] over the
+    answer so far, and where the answer begins [N, D]. fed: embeddings [N, E] of the tokens before
+    these, and their means over the answer so far. final: the final layer's. said: the tokens [N].
+    spoken: each of them once, ascending. answer: the number [N] of each one's answer, in a random
+    order; order: the number of each answer.
     """
 
-    untrained: Mapping[int, tuple[Tensor, Tensor]]
+    untrained: Mapping[int, tuple[Tensor, ...]]
+    fed: tuple[Tensor, ...]
     final: Tensor
     said: Tensor
     spoken: Tensor
@@ -388,18 +398,17 @@ class _Seen:
         keep = each < TOKENS / decoded * len(answers)  # of answers in a random order
         said = torch.tensor([token for answer in answers for token in answer.ids[1:]])[keep]
 
-        def of_all(part: Callable[[_Written], Tensor]) -> Tensor:
-            return torch.cat([part(batch) for batch in written])[keep].float()
+        def of_all(part: Callable[[_Written], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+            batches = zip(*map(part, written), strict=True)
+            return tuple(torch.cat(own)[keep].float() for own in batches)
 
         return cls(
             untrained={
-                depth: (
-                    of_all(lambda batch, d=depth: batch.untrained[d][0]),  # type: ignore[misc]
-                    of_all(lambda batch, d=depth: batch.untrained[d][1]),  # type: ignore[misc]
-                )
+                depth: of_all(lambda batch, d=depth: batch.untrained[d])  # type: ignore[misc]
                 for depth in depths
             },
-            final=of_all(lambda batch: batch.final),
+            fed=of_all(lambda batch: batch.fed),
+            final=of_all(lambda batch: [batch.final])[0],
             said=said,
             spoken=torch.unique(said),
             answer=each[keep],
@@ -409,11 +418,12 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Written:
-    """A batch of the full model's answers. ids: of each. untrained, final: as of `_Seen`, of all
-    tokens but each answer's first [N, D], in the backbone's precision."""
+    """A batch of the full model's answers. ids: of each. untrained, fed, final: as of `_Seen`, of
+    all tokens but each answer's first [N, D], in the backbone's precision."""
 
     ids: tuple[tuple[int, ...], ...]
-    untrained: Mapping[int, tuple[Tensor, Tensor]]
+    untrained: Mapping[int, tuple[Tensor, ...]]
+    fed: tuple[Tensor, ...]
     final: Tensor
 
 
@@ -464,53 +474,80 @@ def _written(
         entries = torch.stack([step[entered[depth]] for step in noted.entries], 1)
         given = backbone.final_norm(entries)
         mean = given.float().cumsum(1) / (places + 1)[:, None]
-        untrained[depth] = given[keep], mean[keep]
+        first = given[:, :2][:, -1:].expand_as(given)
+        untrained[depth] = given[keep], mean[keep], first[keep]
+    before = made[:, -len(noted.final) :].roll(1, 1)
+    embedded = backbone.stack.get_input_embeddings()(before)
+    sums = embedded.float().cumsum(1) - embedded[:, :1]  # no token is before the first one
+    so_far = sums / places.clamp(min=1)[:, None]
     final = backbone.final_norm(torch.stack(noted.final, 1))[keep]
-    return _Written(tuple(ids), untrained, final)
+    return _Written(tuple(ids), untrained, (embedded[keep], so_far[keep]), final)
 
 
 # -- what an exit would say --------------------------------------------------------------------
 
-_Ends = tuple[float, float, float]
-"""A figure with the ends of its interval."""
-_Foretold = tuple[float, dict[float, float], dict[float, _Ends], dict[float, _Ends]]
-"""The share of tokens for which an exit's likeliest is the full model's, by level the share that
-settles, and by target of `RISKS` the share that exits, and that of the tokens in answers that are
-taken unverified, with their intervals."""
+
+class _Foretold(NamedTuple):
+    """agreement: the share of tokens for which an exit's likeliest is the full model's. settled: by
+    level, the share that settles. exits: by target of `RISKS`, the share that exits, with its
+    interval. accepted: of drafts that follow drafts, the agreement. trusted: the share of tokens in
+    answers that are taken unverified."""
+
+    agreement: float
+    settled: Mapping[float, float]
+    exits: Mapping[float, _Ends]
+    accepted: float
+    trusted: Mapping[float, _Ends]
 
 
 def _shares(backbone: Backbone, seen: _Seen, depth: int, more: float) -> tuple[_Foretold, Array]:
     """What is foretold of an exit, and the stand-in's scores [N]. more: how many times as many
     answers training would have as there are here."""
-    kernel = _kernel(*seen.untrained[depth])
+    state, before, start = seen.untrained[depth]
+    newest, so_far = seen.fed
+    known = _kernel((1.0, state), (BEFORE, before))
+    exits, scores = _told(backbone, seen, known, exiting, more)
+    known = _kernel((1.0, newest), (1.0, so_far), (BEFORE, start))
+    (accepted, _, trusted), _ = _told(backbone, seen, known, taken, more)
+    return _Foretold(*exits, accepted, trusted), scores
+
+
+def _told(
+    backbone: Backbone, seen: _Seen, kernel: Tensor, way: _Spared, more: float
+) -> tuple[tuple[float, dict[float, float], dict[float, _Ends]], Array]:
+    """A stand-in's agreement, what settles by level, and by target what a way leaves unverified;
+    and its scores [N]."""
     head = backbone.head_rows(seen.spoken.to(backbone.device))
     judged = {
         pieces: [_judged(backbone, seen, kernel, head, n, pieces) for n in range(pieces)]
         for pieces in PIECES
     }
     answer = seen.answer.numpy()
-    left = [np.mean([_left(*one, answer) for one in judged[n]], 0) for n in PIECES]
+    left = [np.mean([_left(*one, answer, way) for one in judged[n]], 0) for n in PIECES]
     learnt = (1 - 1 / FOLDS) / np.array(PIECES)
     least = 0.5 / len(seen.said)
     wrong, *rest = followed(learnt, np.maximum(left, least), more).tolist()
     # At a higher level no more settle; where it seems so, that is noise.
     shares = np.minimum.accumulate([1.0 - share for share in rest[: len(LEVELS)]]).tolist()
     told = np.array(rest[len(LEVELS) :])
-    again = _redrawn(*judged[PIECES[-1]][0], answer)
+    again = _redrawn(*judged[PIECES[-1]][0], answer, way)
     # By how much more or less is left where other answers are drawn.
     times = np.maximum(again, least) / np.maximum(left[-1][1 + len(LEVELS) :], least)
     spread = 1 - np.minimum(told * np.quantile(times, (0.975, 0.025), axis=0), 1.0)
     ends = [(float(a), float(b), float(c)) for a, b, c in zip(1 - told, *spread, strict=True)]
-    exits, trusted = (dict(zip(RISKS, some, strict=False)) for some in (ends, ends[len(RISKS) :]))
+    settle = dict(zip(LEVELS, shares, strict=True))
     scores, _ = judged[PIECES[-1]][0]
-    return (1.0 - wrong, dict(zip(LEVELS, shares, strict=True)), exits, trusted), scores
+    return (1.0 - wrong, settle, dict(zip(RISKS, ends, strict=True))), scores
 
 
-def _kernel(states: Tensor, before: Tensor) -> Tensor:
-    """exp(-|x - y|^2 / m - `BEFORE` |x' - y'|^2 / m') of states [N, D] and of what was before them,
-    with m the median of the squared distances: [N, N]."""
-    own, past = (torch.cdist(x, x).square() for x in (states, before))
-    return torch.exp(-own / own[own > 0].median() - BEFORE * past / past[past > 0].median())
+def _kernel(*parts: tuple[float, Tensor]) -> Tensor:
+    """exp(-sum of w |x - y|^2 / m) over parts of what is known [N, D], by their weights w, with m
+    the median of the squared distances: [N, N]."""
+    far = torch.zeros(())
+    for weight, x in parts:
+        own = torch.cdist(x, x).square()
+        far = far + weight * own / own[own > 0].median()
+    return torch.exp(-far)
 
 
 def _judged(
@@ -533,22 +570,21 @@ def _judged(
     return scores, right
 
 
-def _left(scores: Array, right: Array, answer: Array) -> Array:
+def _left(scores: Array, right: Array, answer: Array, way: _Spared) -> Array:
     """Share of tokens that are wrong; then, by level, those that do not settle, and those of
     `_verified`."""
     settle = [1 - settled(scores, right, level) for level in LEVELS]
-    return np.array([1 - right.mean(), *settle, *_verified(scores, right, answer)])
+    return np.array([1 - right.mean(), *settle, *_verified(scores, right, answer, way)])
 
 
-def _verified(scores: Array, right: Array, answer: Array) -> list[float]:
-    """By target of `RISKS`, the share of tokens that do not exit; then those of answers that are
-    not taken unverified."""
-    ways = (exiting, taken)
-    return [1 - way(scores, right, answer, risk / 2) for way in ways for risk in RISKS]
+def _verified(scores: Array, right: Array, answer: Array, way: _Spared) -> list[float]:
+    """By target of `RISKS`, the share of tokens that a way, `exiting` or `taken`, does not spare
+    the full model."""
+    return [1 - way(scores, right, answer, risk / 2) for risk in RISKS]
 
 
-def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
-    """What `_verified` tells [`REDRAWN`, twice `RISKS`] where as many answers are drawn again, with
+def _redrawn(scores: Array, right: Array, answer: Array, way: _Spared) -> Array:
+    """What `_verified` tells [`REDRAWN`, `RISKS`] where as many answers are drawn again, with
     replacement."""
     draw = np.random.default_rng(0)
     rows = [np.flatnonzero(answer == one) for one in np.unique(answer)]
@@ -557,7 +593,7 @@ def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
         some = [rows[i] for i in draw.integers(0, len(rows), len(rows))]
         numbers = np.repeat(np.arange(len(some)), [len(row) for row in some])
         drawn = np.concatenate(some)
-        found.append(_verified(scores[drawn], right[drawn], numbers))
+        found.append(_verified(scores[drawn], right[drawn], numbers, way))
     return np.array(found)
 
 
@@ -615,60 +651,56 @@ def followed(learnt: Array, left: Array, more: float) -> Array:
 # -- what it would be worth --------------------------------------------------------------------
 
 
-_Way = tuple[int, float | None]
-"""The depth of an exit, and the share of tokens that leave there; None: it drafts."""
-_Given = tuple[Mapping[str, Any], Tensor, Tensor]
+LOSSLESS, TAKEN = "lossless", "taken"
+DRAFTING: Mapping[str, Mapping[str, Any]] = {
+    LOSSLESS: {"lossless": True, "max_draft": max(draft_thresholds.LONGEST)},
+    TAKEN: {"trust": 0.0, "max_draft": trust_path.LONGEST},
+}
+_Way = tuple[int, float | str]
+"""The depth of an exit, and the share of tokens that leave there; or it drafts: `LOSSLESS`, or
+answers that are `TAKEN` unverified."""
+_Given = tuple[Mapping[str, Any], Tensor, tuple[int, ...]]
 """A prompt; of its answer's N tokens each one's share of all tokens [N], drawn at random, and its
-place among the words that an exit reads [N]."""
-
-
-def _places(ids: Tensor, shortlist: Tensor | None) -> Tensor:
-    """The places of tokens in a shortlist that holds all but first ones."""
-    if shortlist is None:
-        return ids
-    return torch.searchsorted(shortlist, ids).clamp(max=len(shortlist) - 1)
+id."""
 
 
 def _speeds(
     encoder: InputProcessor,
     answers: Sequence[Answered],
-    shares: Mapping[int, Sequence[Any]],
+    shares: Mapping[int, _Foretold],
     shortlist: Tensor | None,
+    longest: int,
     seed: int,
     progress: Any,
-) -> tuple[dict[tuple[int, float | None], float], tuple[float, float]]:
+) -> tuple[dict[_Way, float], tuple[float, float]]:
     """Of decoding, over full depth, by depth and the share of tokens that exits there, the smallest
     foretold and all: untrained exits, whose work is a trained one's, leave at random so
-    often. Where first tokens leave,
-    decoding has to read their prompts deeper later on, as it will. None: it drafts, and is right at
-    random as often as foretold. And seconds of an answer at full depth, whole and of decoding."""
+    often. Where first tokens leave, decoding has to read their prompts deeper later on, as it will.
+    Where an exit drafts, it is right at random as often as foretold; all answers that end are taken
+    by trust. And seconds of an answer at full depth, whole and of decoding."""
     backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
-    exits = ExitSet(Exits(backbone, sorted(shares)).requires_grad_(False), shortlist)
+    modules = Exits(backbone, sorted(shares), kind="drafting").requires_grad_(False)
+    exits = ExitSet(modules, shortlist)
     written = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
     lengths = [len(answer.ids) for answer in written]
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
     ranks = torch.split(order.argsort() / len(order), lengths)  # those below a share leave
     asked = [encoder.prompts([answer.example]) for answer in written]
-    said = [_places(torch.tensor(answer.ids), shortlist) for answer in written]
 
     def forced(given: _Given, stop: StoppingCriteriaList, way: _Way) -> Tensor:
-        (inputs, rank, places), (depth, share) = given, way
-        if share is None:
-            wrong = (rank >= shares[depth][0]).long()
-            count = backbone.vocabulary if shortlist is None else len(shortlist)
-            script = Script(torch.ones(len(rank), 1) > 0, says=(places + wrong) % count)
-        else:
+        (inputs, rank, ids), (depth, share) = given, way
+        options: dict[str, Any] = {"depth": depth, "criteria": stop}
+        options["shortlist"] = shortlist is not None
+        if not isinstance(share, str):
             script = Script((rank < share)[:, None])
-        output = generate_forced(
-            backbone,
-            inputs,
-            exits,
-            script,
-            len(rank),
-            depth=depth,
-            criteria=stop,
-            shortlist=shortlist is not None,
-            lossless=share is None,
+            output = generate_forced(backbone, inputs, exits, script, len(rank), **options)
+            return output.new_tokens.flatten()
+        right = ((rank < shares[depth].accepted) | (share == TAKEN)).tolist()
+        says = [
+            i if own else (i + 1) % backbone.vocabulary for i, own in zip(ids, right, strict=True)
+        ]
+        output = generate_drafted(
+            backbone, inputs, exits, says, max_new_tokens=longest, **options, **DRAFTING[share]
         )
         return output.new_tokens.flatten()
 
@@ -676,27 +708,29 @@ def _speeds(
         inputs, rank, _ = given
         return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
-    ways: list[_Way] = [(depth, None) for depth in shares]
-    ends = ((d, share) for d, told in shares.items() for share in (min(told[1].values()), 1.0))
-    ways += sorted({*ends})
+    drafting: list[_Way] = [(depth, how) for depth in shares for how in (LOSSLESS, TAKEN)]
+    ends = ((d, share) for d, told in shares.items() for share in (min(told.settled.values()), 1.0))
+    ways = [*drafting, *sorted({*ends})]
     writes: dict[_Way | None, Any] = {None: full}
     writes |= {way: partial(forced, way=way) for way in ways}
     runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}
-    given, began = [*zip(asked, ranks, said, strict=True)], clock()
+    given = [(a, r, w.ids) for a, r, w in zip(asked, ranks, written, strict=True)]
+    began = clock()
     tried = (None, ways[0], ways[-1])  # one of each kind: what is made once is made here
     for way in tried:
         try:
             runs[way](given[0])
         except InputError:
-            if way is None or way[1] is not None:
+            if way not in drafting:
                 raise
-            for lossless in ways[: len(shares)]:  # states that cannot be taken back
-                del runs[lossless]
+            for one in drafting:  # states that cannot be taken back
+                del runs[one]
     once = (clock() - began) / len(tried) * len(runs)
     passes = max(FEWEST_TIMED, int(SECONDS / once))
     some = given[: min(passes, len(given))]
     rounds = max(1, min(ROUNDS, passes // len(given)))
     found = in_turn(runs, some, rounds=rounds, progress=progress)
+    found = beside_full(found, {way: None for way in drafting if way in found})
     took = {
         way: float(np.median([[decode for _, decode, _ in one] for one in by_round], 0).sum())
         for way, by_round in found.items()
@@ -706,7 +740,7 @@ def _speeds(
     left: dict[_Way, float] = {  # a share of few tokens is of whole ones
         (depth, share): float((torch.cat(ranks[: len(some)]) < share).float().mean())
         for depth, share in ways
-        if share is not None
+        if not isinstance(share, str)
     }
-    told = {(way[0], left.get(way)): speed for way, speed in speeds.items()}
+    told = {(way[0], left.get(way, way[1])): speed for way, speed in speeds.items()}
     return told, (float(whole), took[None] / len(some))

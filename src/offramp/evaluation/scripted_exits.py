@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from offramp.core.decoding.drafting import Draft, DraftBudget, Drafter
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scores import SCORES
+from offramp.core.decoding.sequence import Sequence as Answer
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck
+from offramp.core.engine.plan import plan_of
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 
@@ -76,4 +79,52 @@ def generate_forced(
         max_new_tokens=tokens,
         stopping_criteria=StoppingCriteriaList(criteria),
         **OPTIONS,
+    )
+
+
+class ScriptedDrafts:
+    """A drafter whose drafts cost what they do, with an answer's `ids` in their places."""
+
+    def __init__(self, drafter: Drafter, ids: Sequence[int]) -> None:
+        self.depth, self.keeps, self.verify = drafter.depth, drafter.keeps, drafter.verify
+        self._drafter, self._ids = drafter, ids
+
+    def draft(self, rows: Sequence[Answer], budgets: Sequence[DraftBudget]) -> list[Draft]:
+        """Return the scripted drafts, as many as the drafter makes."""
+        made = self._drafter.draft(rows, budgets)
+        return [self._said(row, draft) for row, draft in zip(rows, made, strict=True)]
+
+    def _said(self, row: Answer, draft: Draft) -> Draft:
+        said = [*self._ids[len(row.ids) :][: len(draft.said)]]
+        ended = bool(said) and row.sampler.ends(said[-1])
+        return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said, draft.product)
+
+
+def generate_drafted(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    exits: ExitSet,
+    ids: Sequence[int],
+    *,
+    depth: int,
+    criteria: Sequence[StoppingCriteria] = (),
+    max_new_tokens: int,
+    **policy: Any,
+) -> GenerationOutput:
+    """Write one answer, for which the exit at `depth`, which drafts on, drafts these `ids`.
+
+    policy: fields of `ExitPolicy` besides drafts.
+    """
+    plan = plan_of(backbone, exits, ExitPolicy(drafts={depth: 0.0}, **policy))
+    drafter = plan.drafter
+    assert drafter is not None
+    scripted = replace(plan, drafter=lambda *of: ScriptedDrafts(drafter(*of), ids))
+    return generate(
+        backbone,
+        inputs,
+        planned=lambda: scripted,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=StoppingCriteriaList(criteria),
+        do_sample=False,
+        num_beams=1,
     )

@@ -16,6 +16,7 @@ MODELS = {
     "photo-small-4": "photo model, briefly trained",
 }
 LEVEL = "0.95"
+WAYS = ("thresholds", "trust")
 
 
 def _found() -> list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
@@ -31,22 +32,40 @@ def _found() -> list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]
 
 
 def beside() -> Table:
-    """Shares of tokens, forecast / measured, and the speed at one level with its interval."""
+    """The speed at one level, forecast / measured with its interval."""
     rows = []
     for model, told, trained, speeds in _found():
-        both, speed = (told, trained), speeds[str(trained["depth"])]
-        lossless = speeds.get("lossless")
+        speed = speeds[str(trained["depth"])]
         rows.append(
             (
                 f"{model}, depth {told['depth']}",
-                " / ".join(f"{of['agreement']:.1%}" for of in both),
-                " / ".join(f"{of['settled'][LEVEL]:.1%}" for of in both),
                 f"{times(told['speedup'][LEVEL])} / {multiple(speed)}",
-                "-" if lossless is None else f"{times(told['lossless'])} / {multiple(lossless)}",
             )
         )
-    titles = ("agree", "exit while 95% stay", "speed while 95% stay", "speed, lossless")
-    return Table(("forecast / measured", *titles), rows)
+    return Table(("forecast / measured", "speed while 95% of tokens stay"), rows)
+
+
+def ways() -> Table:
+    """Speeds of thresholds and of trust, forecast / measured, by the share of changed answers."""
+    found = record("suitability")
+    told, speeds = found["photo-ways"], found["photo-ways-speeds"]
+
+    def both(told: float, speed: dict[str, Any]) -> str:
+        return f"{times(told)} / {multiple(speed)}"
+
+    rows = [["0%, lossless", "-", both(told["lossless"], speeds["lossless"])]]
+    for place, share in enumerate(told["changed"]):
+        own = [both(told[w][place][0], speeds[w][place]["measured"]) for w in WAYS]
+        rows.append([f"{share:.0%}", *own])
+    return Table(("change", *WAYS), rows)
+
+
+def _of_trust(model: str) -> str:
+    """The least and the most of trust's forecasts over its measured speeds."""
+    found = record("suitability")
+    both = zip(found[f"{model}-ways"]["trust"], found[f"{model}-ways-speeds"]["trust"], strict=True)
+    ratios = [told[0] / own["measured"]["times"] for told, own in both]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def _cells() -> list[dict[str, Any]]:
@@ -66,8 +85,10 @@ def _from(most: float) -> str:
     return f"{sum(low <= at <= most * high for (_, low, high), at in ends)} of {len(ends)}"
 
 
-TABLES: dict[str, MakeTable] = {"suitability": beside}
+TABLES: dict[str, MakeTable] = {"suitability": beside, "suitability-ways": ways}
 FIGURES: dict[str, Make] = {
+    "forecast-trust-photo": lambda: _of_trust("photo"),
+    "forecast-trust-opt": lambda: _of_trust("opt"),
     "calibrated-least": lambda: f"{_ratios()[0]:.2f}",
     "calibrated-median": lambda: f"{median(_ratios()):.2f}",
     "calibrated-most": lambda: f"{_ratios()[-1]:.2f}",
