@@ -101,7 +101,7 @@ class Prospect:
 
     @property
     def calibrated(self) -> dict[float, _Ends]:
-        """By target, the faster of thresholds and trust."""
+        """Return the faster of thresholds and trust, by target."""
         both = ((target, own, self.trust[target]) for target, own in self.thresholds.items())
         return {target: max(ways, key=lambda told: told[0]) for target, *ways in both}
 
@@ -507,7 +507,8 @@ def _shares(backbone: Backbone, seen: _Seen, depth: int, more: float) -> tuple[_
     newest, so_far = seen.fed
     known = _kernel((1.0, state), (BEFORE, before))
     exits, scores = _told(backbone, seen, known, exiting, more)
-    known = _kernel((1.0, newest), (1.0, so_far), (BEFORE, start))
+    if not backbone.is_encoder_decoder:  # whose layers all read the image
+        known = _kernel((1.0, newest), (1.0, so_far), (BEFORE, start))
     (accepted, _, trusted), _ = _told(backbone, seen, known, taken, more)
     return _Foretold(*exits, accepted, trusted), scores
 

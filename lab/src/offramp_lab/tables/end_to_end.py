@@ -28,7 +28,7 @@ from offramp_lab.tables.markdown import (
 PLAIN, PACKED, F16, Q8 = "PyTorch", "PyTorch, packed", "f16", "q8_0"
 FASTEST = "llama.cpp iq4_nl, head q4_0"
 """llama.cpp alone in the formats in which it is fastest."""
-TOWER, TORCH = "onnxruntime", "torch"
+TOWER, TORCH, ROUNDED = "onnxruntime", "torch", "openvino-bf16"
 LARGE = f"{TOWER}, 12 megapixels"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
 EARLY = "early exit"
@@ -44,7 +44,7 @@ MODES = {
     "student": "student of five layers",
 }
 ENGINES = {"generate": "Hugging Face's `generate`", PLAIN: "PyTorch, float32", F16: "f16"}
-THINGS = ("format", "kernels", "head", "layers skipped", "batch")
+THINGS = ("format", "kernels", "head", "layers skipped", "tower", "batch")
 Chain = Sequence[tuple[str, tuple[str, str, str]]]
 
 
@@ -61,7 +61,8 @@ def _engine(entry: Value) -> str:
     name = str(ENGINES.get(entry["engine"], entry["engine"]))
     if entry["engine"].startswith("llama.cpp"):
         name = f"llama.cpp alone, {entry['engine'].removeprefix('llama.cpp ')}"
-    return name + (", PyTorch's tower" if entry["tower"] == TORCH else "")
+    towers = {TORCH: ", PyTorch's tower", ROUNDED: ", tower in bfloat16"}
+    return name + towers.get(entry["tower"], "")
 
 
 def _mode(entry: Value) -> str:
@@ -171,7 +172,8 @@ def five_layers() -> Table:
 
 def _chain(*steps: tuple[str, str, str]) -> Chain:
     """steps: what sets each way apart from the one before, its engine and mode."""
-    return [(thing, (engine, mode, TOWER)) for thing, engine, mode in steps]
+    towers = {"tower": ROUNDED}
+    return [(thing, (engine, mode, towers.get(thing, TOWER))) for thing, engine, mode in steps]
 
 
 def _skipping(engine: str, mode: str) -> Sequence[tuple[str, str, str]]:
@@ -202,6 +204,13 @@ def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
         },
         **{
             OVER_LLAMA + MODES[mode]: (_chain(*fastest, *_skipping(Q8, mode)), STAGES)
+            for mode in parts
+        },
+        **{
+            f"{OVER_LLAMA}{MODES[mode]}, tower in bfloat16": (
+                _chain(*fastest, *_skipping(Q8, mode), ("tower", Q8, mode)),
+                STAGES,
+            )
             for mode in parts
         },
         "eight at once over one at full depth, PyTorch": (
