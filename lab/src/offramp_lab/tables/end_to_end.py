@@ -134,11 +134,13 @@ def _milliseconds(*stages: str) -> Callable[[Value], str]:
 def _shown(entry: Value) -> bool:
     """Of q8_0 every mode that answers, of others the usual ones; behind PyTorch's tower only what
     has no other. Packed weights stand among the factors."""
-    if entry["engine"] in (PACKED, "llama.cpp q4_0"):
+    if entry["engine"] in (PACKED, "llama.cpp q4_0", "llama.cpp iq4_nl"):
         return False
     if entry["tower"] == TORCH and entry["engine"] != "generate":
         return False
     if entry["mode"] not in MODES or entry["mode"] == SHORT:
+        return False
+    if (entry["engine"], entry["mode"], entry["tower"]) == (Q8, FULL, ROUNDED):
         return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, F16) or entry["mode"] in few
@@ -206,13 +208,10 @@ def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
             OVER_LLAMA + MODES[mode]: (_chain(*fastest, *_skipping(Q8, mode)), STAGES)
             for mode in parts
         },
-        **{
-            f"{OVER_LLAMA}{MODES[mode]}, tower in bfloat16": (
-                _chain(*fastest, *_skipping(Q8, mode), ("tower", Q8, mode)),
-                STAGES,
-            )
-            for mode in parts
-        },
+        f"{OVER_LLAMA}{MODES[EARLY]}, tower in bfloat16": (
+            _chain(*fastest, *_skipping(Q8, EARLY), ("tower", Q8, EARLY)),
+            STAGES,
+        ),
         "eight at once over one at full depth, PyTorch": (
             _chain(("", PLAIN, FULL), *_skipping(PLAIN, EARLY), ("batch", slots, EARLY)),
             STAGES,
