@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-import families
 import numpy as np
 import pytest
 import torch
-from guessing import OPTIONS, adapter, encoder
+from guessing import OPTIONS, adapter, encoder, rounding
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
@@ -21,10 +20,6 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
-from offramp.core.models.exits import Exits
-from offramp.core.models.stand_in import StandIn
-from offramp.features.input_processor import InputProcessor
-from offramp.features.vision_engine import IN_BF16
 from offramp.promises.likeness import mean_log_score
 
 GRID = (0.05, 0.02, 0.01, 0.005, 0.002, 0.0)
@@ -85,29 +80,15 @@ def test_the_lowest_level_that_keeps_the_risk_is_chosen_and_stays(
     assert torch.equal(made.sequences, alike.sequences)
 
 
-class Rounding(StandIn):
-    """Features of two digits."""
-
-    def forward(self, *args: Any, **kw: Any) -> Any:
-        made = self.tower(*args, **kw)
-        made.last_hidden_state = made.last_hidden_state.round(decimals=1)
-        return made
-
-
 def test_what_a_rounding_tower_changes_is_among_what_is_promised() -> None:
-    some, model = fakes.examples(40), adapter("layer").backbone
-    assert model.vision is not None
-    rounded = model.with_tower(Rounding(IN_BF16, model.vision))
-    exits = Exits(rounded, (4,), kind="layer")
-    families.perturb(exits)
-    own = Adapter(rounded, exits.requires_grad_(False), seen={"train": []})
+    some, (own, reader) = fakes.examples(40), rounding("layer")
     asked: dict[str, Any] = {"target": 0.9, "confidence": 0.8, "thresholds": (1.0, 0.0), **OPTIONS}
     full, other = (
-        generate_answers(each, encoder(), some, FULL, **OPTIONS) for each in (model, rounded)
+        generate_answers(each, encoder(), some, FULL, **OPTIONS)
+        for each in (encoder().backbone, reader.backbone)
     )
     changed = np.mean([a.ids != b.ids for a, b in zip(full, other, strict=True)])
     assert changed > 0
-    reader = InputProcessor(rounded, encoder().processor)
     found = calibrate(own, reader, some, ExitPolicy(trust=1.0), **asked)
     assert found.path[0].risk == changed and found.path[1].risk > changed
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import fakes
 import pytest
-from guessing import OPTIONS, adapter, encoder
+from guessing import OPTIONS, adapter, encoder, rounding
 
 from offramp.adapter.answers import generate_answers
 from offramp.calibration import threshold_evaluator, trust_path
@@ -60,6 +60,17 @@ def test_the_fastest_way_is_chosen_and_all_are_told(times: dict[str, float]) -> 
     shown = _table(told)
     assert all(f"{name:<12}" in shown for name in times) and "Nothing is guaranteed" not in shown
     assert ("Guaranteed with 80% confidence" in shown) is (best != "lossless")
+
+
+def test_lossless_answers_behind_a_tower_that_rounds_are_not_called_the_full_models() -> None:
+    own, reader = rounding("drafting")
+
+    def seconds(policies: Mapping[str, ExitPolicy]) -> dict[str, list[float]]:
+        assert "lossless" not in policies
+        return {name: [1.0] for name in ("full", *policies)}
+
+    told = fastest(own, reader, SOME, ExitPolicy(trust=2.0), seconds=seconds, **ASKED)
+    assert told.ways and not told.policy.lossless
 
 
 def test_what_was_estimated_is_at_most_the_target_on_the_same_answers() -> None:

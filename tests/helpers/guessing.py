@@ -11,7 +11,9 @@ import families
 from offramp.adapter.adapter import Adapter
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
+from offramp.core.models.stand_in import StandIn
 from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_engine import IN_BF16
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
@@ -27,6 +29,27 @@ def encoder() -> InputProcessor:
 @cache
 def adapter(kind: str) -> Adapter:
     """With an exit of the kind at depth 4."""
-    exits = Exits(encoder().backbone, (4,), kind=kind)
+    return _adapter(encoder().backbone, kind)
+
+
+def rounding(kind: str) -> tuple[Adapter, InputProcessor]:
+    """The same behind a vision tower that rounds."""
+    plain = encoder().backbone
+    assert plain.vision is not None
+    backbone = plain.with_tower(Rounding(IN_BF16, plain.vision))
+    return _adapter(backbone, kind), InputProcessor(backbone, encoder().processor)
+
+
+class Rounding(StandIn):
+    """Features of one decimal."""
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        made = self.tower(*args, **kw)
+        made.last_hidden_state = made.last_hidden_state.round(decimals=1)
+        return made
+
+
+def _adapter(backbone: Backbone, kind: str) -> Adapter:
+    exits = Exits(backbone, (4,), kind=kind)
     families.perturb(exits)
-    return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})
+    return Adapter(backbone, exits.requires_grad_(False), seen={"train": []})

@@ -2,7 +2,8 @@
 
 Trust is tested first, where exits draft on. How far thresholds would go is estimated from some of
 the answers; they are tested, as one attempt more, only if they look faster than what passed.
-Lossless answers lose nothing, so they are chosen where they are faster than all that passed.
+Lossless answers lose nothing, so they are chosen where they are faster than all that passed; not
+where a vision tower rounds, for which they are other answers than the full model's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from offramp.data.item import Item
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import clock_on, generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_engine import ROUNDED
 from offramp.inputs.example import Example
 from offramp.promises.conditions import samples
 
@@ -171,8 +173,10 @@ def _chosen(
 
 def _lossless(adapter: Adapter, found: ExitPolicy) -> ExitPolicy | None:
     """Return the policy that drafts as the adapter's own does, or by the thresholds found; None:
-    by none."""
+    by none, or its answers lose what a vision tower rounds."""
     own = adapter.policy
+    if adapter.backbone.vision_engine in ROUNDED:
+        return None
     drafted = own.thresholds or found.thresholds
     if not (drafted or own.drafts or adapter.exits.draft_on):
         return None

@@ -2,10 +2,11 @@
 
 A way is an engine with what runs the vision tower. Each is loaded as it would be to answer, writes
 the answers of a few pictures, and is let go. Only ways count whose answers are PyTorch's own, token
-by token, and, where the adapter's guarantee holds in some way, under whose conditions it does. What
-was found is kept with its figures in the cache folder, by the exits, the backbone, versions, the
-machine and the number of threads; the least CPU seconds then decide, of loading and of the answers
-that are asked for. What else the machine does meanwhile changes CPU seconds little.
+by token, or whose vision tower rounds under a guarantee that was calibrated so; and, where the
+adapter's guarantee holds in some way, under whose conditions it does. What was found is kept with
+its figures in the cache folder, by the exits, the backbone, versions, the machine and the number of
+threads; the least CPU seconds then decide, of loading and of the answers that are asked for. What
+else the machine does meanwhile changes CPU seconds little.
 
 Nothing is measured where that cannot pay: for a model that is tiny (PyTorch's own time is Python's)
 or large (its weights would be written and loaded several times), on a GPU, for quantised weights,
