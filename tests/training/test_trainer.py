@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -334,7 +333,7 @@ def interrupt_at(run: Trainer, step: int, when: str, monkeypatch: pytest.MonkeyP
 
     def interrupted(*args: Any) -> Any:
         if run.progress.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread, at once
         return original(*args)
 
     monkeypatch.setattr(run, names[when], interrupted)
