@@ -149,6 +149,29 @@ def test_a_longer_text_is_no_other_code(backbone, batch, both, codes, monkeypatc
     assert len(codes(whole)) == 3
 
 
+class Kept(torch.nn.Module):
+    """A function that a layer keeps beside its own parts, as those that kernels may replace."""
+
+    def forward(self, rows):
+        return rows
+
+
+class OtherKept(Kept):
+    def forward(self, rows):
+        return rows + 0
+
+
+@pytest.mark.parametrize(("kept", "of_layers"), [((Kept, Kept), 1), ((Kept, OtherKept), 2)])
+def test_what_layers_keep_beside_their_parts_is_compared_by_what_it_does(
+    batch, both, codes, kept, of_layers
+):
+    whole = Backbone(families.build("llava"))
+    for index, layer in enumerate(whole.layers):
+        layer.__dict__["kept"] = {"function": kept[index % 2]()}
+    both(whole, batch("llava", 1))
+    assert len(codes(whole)) == of_layers + 1  # and the head
+
+
 def test_where_there_is_no_code_modules_run_and_it_is_said_once(
     backbone, batch, both, codes, warned, caplog, monkeypatch
 ):

@@ -237,8 +237,14 @@ def _layout(module: nn.Module) -> list[Any]:
 
 
 def _open(value: Any) -> Any:
-    """What can be compared, as a partial function cannot."""
-    return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
+    """What can be compared: a partial function and a module without weights cannot."""
+    if isinstance(value, dict):
+        return {name: _open(each) for name, each in value.items()}
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, nn.Module) and not tensors_of(value):
+        return _parts(value)
+    return value
 
 
 def _equal(one: list[Any], other: list[Any]) -> bool:
