@@ -128,7 +128,7 @@ def rate_at(step: int, steps: int) -> float:
     return up * (0.01 + 0.99 * down)
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: Any) -> None:
     """One file, replaced whole."""
     buffer = io.BytesIO()
     torch.save(state, buffer)

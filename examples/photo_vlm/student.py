@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.photo_vlm.evaluate import LONGEST, load
+from examples.photo_vlm.learn import save_state
 from examples.photo_vlm.rows import read_photographs
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
@@ -68,7 +69,7 @@ def taught(
             ids, answer = prompt["input_ids"][0].tolist(), list(answers[row].ids)
             assert ids.count(image) == len(tokens) and len(said[row]) == len(answer)
             rows.append((tokens.clone(), ids, answer, torch.stack(said[row])))
-        torch.save(rows, file)
+        save_state(file, rows)
     return rows[: len(examples)]
 
 
@@ -156,7 +157,7 @@ def train(
                 state["student"] = {n: t.clone() for n, t in student.state_dict().items()}
                 state["best"] = state["steps"]
             state |= {"latest": student.state_dict(), "optimizer": best.state_dict()}
-            torch.save(state, file)
+            save_state(file, state)
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def keep(file: Path, layer: nn.Module, **reinforced: Any) -> None:
     for name, weight in layer.state_dict().items():
         if (place := f"layers.{last}.{name}") in student:  # drafts are the exit's alone
             student[place] = weight
-    torch.save(state | {"reinforced": reinforced}, file)
+    save_state(file, state | {"reinforced": reinforced})
 
 
 def main() -> None:

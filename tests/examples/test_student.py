@@ -53,7 +53,7 @@ def test_the_weights_are_those_of_the_least_loss_on_what_is_held_out(tmp_path: P
 
 def test_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     whole = told(100, tmp_path / "whole.pt")
-    file = tmp_path / "cut.pt"
+    file = tmp_path / "a new folder" / "cut.pt"
     steps = itertools.count()
 
     class Cut(Fake):
