@@ -156,6 +156,14 @@ def test_pending_tokens_share_calls_where_that_is_quicker() -> None:
     assert calls[4] == [4] and calls[6] == [6] and calls[7] == [6, 1]
 
 
+def test_rows_are_free_as_far_as_their_call_takes_little_longer() -> None:
+    took = {1: 2.6, 2: 2.4, 4: 2.9, 8: 2.8, 16: 4.8, 32: 8.9}  # milliseconds
+    assert CallSizes(1, 48, took).free == 8
+    assert CallSizes(1, 48, {1: 1.0, 2: 2.0}).free == 1
+    assert CallSizes(1, 48, took, shared=False).free is None  # no sequence is in another's call
+    assert CallSizes(1, 48).free is None
+
+
 @pytest.mark.parametrize("outputs", [1, 3, 7, 15])
 def test_logits_are_of_the_last_tokens_however_the_calls_fall(outputs: int) -> None:
     plain, ours = chain_of(3), chain_of(3)

@@ -29,8 +29,10 @@ from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.errors import AdapterError
 from offramp.core.executors.drafter import DraftingExit
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.chain import CallSizes
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.executor import ChainExecutor
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -181,18 +183,60 @@ def test_drafts_are_pytorchs(
         assert here == there
 
 
+@pytest.mark.parametrize(("free", "most"), [(None, 3), (3, 0), (6, 1)])
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])
-def test_several_rows_draft_as_alone(
-    name: str, drafting_runtime: Callable[..., LlamaCppRuntime]
+def test_several_rows_are_answered_as_alone_however_many_drafts_are_free(
+    name: str,
+    free: int | None,
+    most: int,
+    drafting_runtime: Callable[..., LlamaCppRuntime],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime, alone = drafting_runtime(name, "f32", 3), drafting_runtime(name)
-    inputs = families.kind_of(name).inputs(3)
-    made = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
+    monkeypatch.setattr(CallSizes, "free", property(lambda _: free))
+    inputs, drafted = families.kind_of(name).inputs(3), list[list[int]]()
+    drafts = ChainExecutor.draft
+
+    def noted(self: ChainExecutor, *given: Any) -> list[Drafts]:
+        made = drafts(self, *given)
+        drafted.append([len(each.ids) for each in made])
+        return made
+
+    monkeypatch.setattr(ChainExecutor, "draft", noted)
+    made = runtime.generate(inputs, return_dict_in_generate=True, **ENDS)
+    assert max(max(counts) for counts in drafted if len(counts) == 3) <= most
     for row in range(3):
         one = families.one_row(name, inputs, row)
-        expected = alone.generate(one, return_dict_in_generate=True, **GREEDY)
+        expected = alone.generate(one, mode="full", return_dict_in_generate=True, **ENDS)
         length = expected.new_tokens.shape[1]
         assert torch.equal(made.new_tokens[row, :length], expected.new_tokens[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_after_rounds_without_drafts_it_drafts_on_as_if_there_were_none(
+    name: str, drafting_runtime: Callable[..., LlamaCppRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether nobody asked it in those rounds, or nobody looked at what it said."""
+    runtime, inputs, told = drafting_runtime(name), inputs_of(name), list[list[Drafts]]()
+    draft = ChainExecutor.draft
+    for asked in (True, False):
+        made = list[Drafts]()
+
+        def paused(
+            self: ChainExecutor, *given: Any, made: list[Drafts] = made, asked: bool = asked
+        ) -> list[Drafts]:
+            *places, budgets = given
+            none = [budget._replace(max_drafts=0) for budget in budgets]
+            pauses = len(made) < 3
+            found = draft(self, *places, none if pauses and not asked else budgets)
+            made.extend(found)
+            return [*map(Drafts, none)] if pauses else found
+
+        monkeypatch.setattr(ChainExecutor, "draft", paused)
+        runtime.generate(inputs, **GREEDY)
+        told.append(made[3:])
+    assert [each.ids for each in told[0]] == [each.ids for each in told[1]]
+    assert any(each.ids for each in told[0])
 
 
 @pytest.mark.parametrize("compiled", [True, False])

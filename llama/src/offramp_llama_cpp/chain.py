@@ -41,6 +41,15 @@ class CallSizes:
     shared: bool = True
     first: int = 1
 
+    @property
+    def free(self) -> int | None:
+        """The most tokens, of those timed, whose call takes at most 1.75 times as long as the
+        shortest; None: sequences share no call, or none was timed."""
+        if not (self.shared and self.seconds):
+            return None
+        least = min(self.seconds.values())
+        return max(tokens for tokens, took in self.seconds.items() if took <= 1.75 * least)
+
     def cut(self, tokens: int) -> list[int]:
         """Return the sizes of the calls that take the least time together."""
         whole, rest = divmod(tokens, self.most)

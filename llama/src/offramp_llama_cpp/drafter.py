@@ -107,13 +107,15 @@ class ChainDrafter:
         """Return what follows a token, within its budget, from the state of the one before.
         token: None: that is the exit's own, after what it took last."""
         chain, segment = self._chain, self._segment
+        if not budget.max_drafts:  # what it took waits until a round drafts
+            return Drafts(budget)
         if chain.waits(slot):
             logits = chain.finish(1, slot)[0]
             self._states[slot] = segment.tapped()[-1:]
-            if token is None and budget.max_drafts:
+            if token is None:
                 return self._from_its_own(slot, logits, budget)
         state = self._states.get(slot)
-        if state is None or token is None or not budget.max_drafts:
+        if state is None or token is None:
             return Drafts(budget)
         if self._loop is None or self._ids is None:
             return self._one_by_one(slot, token, state, budget)

@@ -69,6 +69,7 @@ class ChainExecutor:
     ) -> None:
         self.depths: tuple[int, ...] = tuple(depths)
         self.drafter: ChainDrafter | None = drafter
+        self.free_rows: int | None = chain.sizes.free
         self._chain, self._stand, self._embed, self._exact = chain, tuple(stand), embed, exact
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]

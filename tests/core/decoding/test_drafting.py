@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import NAMES, WORDLESS
 
+from offramp.core.decoding.decoder import Decoder
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
 from offramp.core.executors.drafter import DraftingExit
@@ -248,6 +249,33 @@ def test_early_exit_of_drafting_exits_is_that_of_the_layer(backbone, batch):
     ours = generate(whole, inputs, exits=drafting(whole), policy=policy, **GREEDY)
     assert torch.equal(ours.sequences, layer.sequences)
     assert torch.equal(ours.depths, layer.depths)
+
+
+@pytest.mark.parametrize("kind", ["layer", "drafting"])
+@pytest.mark.parametrize("trust", [None, 2.0, 0.0])
+@pytest.mark.parametrize(("free", "rows", "most"), [(8, 1, 3), (8, 4, 1), (3, 4, 0), (None, 4, 3)])
+def test_several_verified_sequences_draft_what_free_rows_hold(
+    free, rows, most, trust, kind, backbone, batch, monkeypatch
+):
+    """What a trust may take is drafted whatever the load; no load changes an answer."""
+    whole, inputs = backbone("llava"), batch("llava", rows)
+    exits = Exits(whole, (2,), kind=kind)
+    policy = replace(LOSSLESS, lossless=trust is None, trust=trust)
+    options = {**GREEDY, "suppress_tokens": WORDLESS}  # no end token: all are verified
+    budgets, budget = [], Decoder._budget
+
+    def noted(self, row, *more):
+        made = budget(self, row, *more)
+        budgets.append((len(self.sequences), made.max_drafts))
+        return made
+
+    monkeypatch.setattr(Decoder, "_budget", noted)
+    monkeypatch.setattr(SlotExecutor, "free_rows", free)
+    made = generate(whole, inputs, exits=exits, policy=policy, **options)
+    with torch.inference_mode():
+        assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
+    together = [count for sequences, count in budgets if sequences == rows]
+    assert max(together) == (most if trust is None else LOSSLESS.max_draft)
 
 
 def test_a_shortlist_bounds_what_is_drafted(backbone, batch, knows):

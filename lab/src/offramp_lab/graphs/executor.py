@@ -49,6 +49,7 @@ class GraphExecutor:
 
     rows: int | None = 1
     positions: int | None = None
+    free_rows: int | None = None
     opens = False
     feed_on = None
 

@@ -34,6 +34,7 @@ def plots() -> dict[str, tuple[str, str]]:
             "A caption from the file to the text",
             parts(by_stage(), f"CPU milliseconds a caption, {photographs} photographs"),
         ),
+        "matmul": ("Calls by their rows, beside the limit", matmul()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
@@ -41,6 +42,22 @@ def plots() -> dict[str, tuple[str, str]]:
         "power": ("How often an attempt passes", power()),
         "trust": ("Trust beside thresholds, photo model", trust()),
     }
+
+
+def matmul() -> str:
+    """CPU milliseconds of calls in q8_0 by their rows: the limit, and the rest, as SVG. The limit
+    is arithmetic at the peak, or reading the weights, 34 bytes for 32 of them."""
+    found, rows = record("matmul")["AVX-512"], dict[str, dict[str, float]]()
+    for count, took in found["q8_0"].items():
+        arithmetic = took["share"] * took["ms"]
+        weights = 0.5e6 * found["peak"] * arithmetic / int(count)
+        limit = max(arithmetic, 1e-6 * weights * 34 / 32 / found["memory"])
+        for kernels, name in {"offramp": "ms", "llama.cpp": "llama.cpp"}.items():
+            rows[f"{count} row{'s' * (count != '1')}, {kernels}"] = {
+                "the processor's limit": limit,
+                "beyond it": took[name] - limit,
+            }
+    return parts(rows, f"CPU milliseconds of a call, q8_0, {found['provenance']['generation']}")
 
 
 def quantisation() -> str:

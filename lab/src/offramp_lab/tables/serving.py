@@ -1,7 +1,9 @@
-"""Tables of serving: the watched guarantee's simulation, and what HTTP leaves of the engine."""
+"""Tables of serving: the watched guarantee's simulation, what HTTP leaves of the engine, and what
+answers at once take."""
 
+from offramp.core.decoding.policy import MODES
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import MakeTable, Value, record
+from offramp_lab.tables.markdown import MakeTable, Value, by, multiple, record
 
 
 def milliseconds(of: Value, *percentiles: str) -> str:
@@ -30,15 +32,8 @@ def watched() -> Table:
 
 def http() -> Table:
     return Table.of(
-        [
-            {**entry, "model": name}
-            for name in ("tiny-opt", "photo model")
-            for entry in record("serving")[name]["entries"]
-            if entry["clients"] in (8, 32)
-        ],
+        [entry for entry in record("serving")["tiny-opt"]["entries"] if entry["clients"] == 8],
         {
-            "model": "{model}",
-            "clients": "{clients}",
             "mode": lambda of: of["mode"].replace("_", " "),
             "tokens a second": "{tokens_per_second:.0f}",
             "of the engine's": "{share:.2f}",
@@ -47,4 +42,24 @@ def http() -> Table:
     )
 
 
-TABLES: dict[str, MakeTable] = {"watched": watched, "serving": http}
+def batches() -> Table:
+    """CPU milliseconds a caption by engine, answers at once and mode, beside full depth's of the
+    same load."""
+    entries = record("batches")["entries"]
+    told = by(entries, "engine", "at_once", "mode")
+    rows = dict.fromkeys((entry["engine"], entry["at_once"]) for entry in entries)
+
+    def cell(row: tuple[str, int], mode: str) -> str:
+        entry = told[*row, mode]
+        took = f"{entry['milliseconds']:.0f}"
+        return took if mode == "full" else f"{took} ({multiple(entry['over_full'])})"
+
+    return Table.grid(
+        {f"{engine}, {slots}": (engine, slots) for engine, slots in rows},
+        {mode.replace("_", " "): mode for mode in MODES},
+        cell,
+        "engine, at once",
+    )
+
+
+TABLES: dict[str, MakeTable] = {"watched": watched, "serving": http, "batches": batches}

@@ -328,7 +328,8 @@ class Decoder:
         """Draft on from the newest token of each sequence. Take the drafts that are trusted; verify
         all others in one call, and keep those that are the full model's own tokens. The deep layers
         of a prompt that waits for them run in the same call."""
-        made = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
+        share = self._share(len(rows))
+        made = drafter.draft(rows, [self._budget(row, drafter.depth, share) for row in rows])
         both = zip(rows, made, strict=True)
         left = [(row, draft) for row, draft in both if not self._take(row, draft, drafter.depth)]
         if not left:
@@ -378,9 +379,18 @@ class Decoder:
         self.tally.drafted += min(drafted, most)
         self.tally.accepted += min(kept, most)
 
-    def _budget(self, row: Sequence, depth: int) -> DraftBudget:
-        """Return the most tokens that a round may draft before the answer reaches its longest."""
+    def _share(self, rows: int) -> int | None:
+        """Return how many drafts of each of several sequences a verifying call has free rows for;
+        None: as many as their rules allow."""
+        free = self.executor.free_rows
+        return None if free is None or rows == 1 else max(0, free // rows - 1)
+
+    def _budget(self, row: Sequence, depth: int, share: int | None) -> DraftBudget:
+        """Return the most tokens that a round may draft before the answer reaches its longest.
+        share: of the free rows; what a trust may take unverified needs none."""
         most = row.rule.max_drafts
+        if share is not None and row.rule.trust == VERIFIED:
+            most = min(most, share)
         if self.executor.positions is not None:
             most = min(most, self.executor.positions - row.ran[0] - 1)
         while most > 0 and row.sampler.would_end(len(row.ids) + most, -1):

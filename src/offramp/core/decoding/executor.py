@@ -38,14 +38,16 @@ class Executor(Protocol):
     """Runs segments for sequences, each sequence under a handle.
 
     depths: of the exits in use, ascending. rows: sequences in one call, at most; positions: columns
-    of a sequence, at most; None: any number. opens: whether a prompt may wait before the first
-    layer, or for its first drafts. feed_on: as of `FeedOn` in `offramp.core.decoding.drafting`;
-    None: exits do not draft on.
+    of a sequence, at most; None: any number. free_rows: rows of a deep call that take about as long
+    as one, since the weights are read once for all of them; None: not known. opens: whether a
+    prompt may wait before the first layer, or for its first drafts. feed_on: as of `FeedOn` in
+    `offramp.core.decoding.drafting`; None: exits do not draft on.
     """
 
     depths: tuple[int, ...]
     rows: int | None
     positions: int | None
+    free_rows: int | None
     opens: bool
 
     @property

@@ -99,6 +99,7 @@ class SegmentRunner:
     """
 
     feed_on = None
+    free_rows: int | None = None
 
     def __init__(
         self,
