@@ -38,6 +38,10 @@ def told(output: GenerationOutput) -> list[tuple[int, int]]:
     return [pair for pair in pairs if pair[1] > 0]
 
 
+def tokens_of(pairs: list[tuple[int, int]]) -> list[int]:
+    return [token for token, _ in pairs]
+
+
 @pytest.fixture(params=["exits", "drafting exits"])
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], tuple[Adapter, Path]]:
     """`made(name)`: an adapter, and its export."""
@@ -85,7 +89,10 @@ def test_requests_in_any_company_get_what_they_get_alone(name: str, made: Any) -
             drawn = engine.submit(prompts[0], mode="full", max_new_tokens=9, **sampled)
             for one, handle in handles.items():
                 output = handle.result(60).output
-                assert told(output) == told(alone[one]), one
+                mine, theirs = told(output), told(alone[one])
+                if one[1] == "lossless":  # How far drafts go depends on the company; no token does.
+                    mine, theirs = tokens_of(mine), tokens_of(theirs)
+                assert mine == theirs, one
             assert told(drawn.result(60).output) == told(own)
             rounds = [h.result().output.rounds for one, h in handles.items() if one[1] == MODES[2]]
             assert not adapter.exits.draft_on or any(map(any, rounds))
