@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from gguf_cases import GREEDY, adapter_of
 
 from offramp.adapter.adapter import Adapter
+from offramp.core.errors import InputError
 from offramp.engines import all_engines, engine_named
 from offramp.extend import Runtime
 
@@ -18,8 +20,15 @@ OTHERS = ("propagate", "cuda-graphs")
 """Of the laboratory: a method with approximate keys and values, and one that needs a GPU."""
 
 
+NEEDS = {"llama.cpp": pytest.mark.llama_cpp}
+
+
 @pytest.fixture(
-    params=[n for n, one in all_engines().items() if n not in OTHERS and not one.serves]
+    params=[
+        pytest.param(name, marks=NEEDS.get(name, ()))
+        for name, one in all_engines().items()
+        if name not in OTHERS and not one.serves
+    ]
 )
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """An engine with the model and its exits, as `offramp.load` opens it."""
@@ -50,3 +59,17 @@ def test_full_depth_and_lossless_are_the_models_own_words(opened: Any, batch: An
         beside = own.generate(inputs, policy=own.policy, **GREEDY)
         assert torch.equal(early.sequences, beside.sequences)
         assert torch.equal(early.depths, beside.depths)
+
+
+@pytest.mark.slow
+def test_files_without_the_package_that_runs_them_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are written by `gguf` alone, so they may be where llama.cpp itself is not."""
+    engine = engine_named("llama.cpp")
+    assert engine.prepare is not None
+    engine.prepare(adapter_of(FAMILY), tmp_path, "f32")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(InputError, match="llama_cpp") as refused:
+        engine.open(adapter_of(FAMILY), gguf=tmp_path, context=256, threads=1, sequences=1)
+    assert "llama-cpp]" in str(refused.value)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from offramp.common.folders import cache_folder
 from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.storage import digest_file, write_atomic
 from offramp_llama_cpp.gguf_files import SegmentFiles
+from offramp_llama_cpp.packages import import_llama_cpp
 from offramp_llama_cpp.segment import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     """Load and feed the files in a child process, unless they were here before.
 
     Raises:
+        InputError: llama-cpp-python is not installed.
         UnsupportedBackboneError: that ends the process.
     """
     loaded = files.taps
@@ -118,7 +119,7 @@ def _check(
 
 def _known(digests: Sequence[str], options: EngineOptions) -> Path | None:
     """The mark that these files were tried out by this version of llama.cpp."""
-    version = metadata.version("llama-cpp-python")
+    version = import_llama_cpp().__version__
     what = json.dumps([version, list(digests), asdict(replace(options, context=1, threads=1))])
     try:
         folder = cache_folder("trials")
