@@ -45,6 +45,7 @@ def read(tmp_path: Path, text: str | bytes, command: str = "train", *words: str)
         ("learning_rate: 1e-4", "learning_rate", 1e-4),
         ("shortlist: null", "shortlist", None),
         ("shortlist: ~", "shortlist", None),
+        ("shortlist: 0", "shortlist", 0),
         ("depths: 2,5", "depths", (2, 5)),
         ("depths: [2, 5]", "depths", (2, 5)),
         ("depths:\n- 2\n- 5\n", "depths", (2, 5)),
@@ -189,6 +190,10 @@ def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
     found = read(tmp_path, text, "train", *words)
     assert (found.overwrite, found.losses, found.depths) == (True, {"cosine": 2.0}, (5,))
     assert (found.prompt, found.shortlist) == ("y", None)
+
+
+def test_all_of_the_vocabulary_can_be_asked_for(tmp_path: Path) -> None:
+    assert read(tmp_path, "", "train", *NEEDED, "--shortlist", "0").shortlist == 0
 
 
 @pytest.mark.parametrize("word", ["--conf", "--step", "--bat", "--back", "--qui", "--no-cond"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from training_runs import SHORT, rows, same, steps, trainer, untrained
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import full_model_answers
@@ -21,7 +22,8 @@ from offramp.core.decoding.policy import DRAFT, ExitPolicy
 from offramp.core.errors import DataError, InputError, TrainingError
 from offramp.core.models.backbone import Backbone
 from offramp.features.input_processor import InputProcessor
-from offramp.features.shortlist import shortlist_of
+from offramp.features.shortlist import shortlist_of, usual_size
+from offramp.training import trainer as training
 from offramp.training.checkpoint import STATE
 from offramp.training.config import OBJECTIVES, REGIMES, TrainConfig
 from offramp.training.feature_dataset import FOLDER
@@ -207,6 +209,52 @@ def test_a_trained_shortlist_is_that_of_the_answers_and_is_used(opt: Any, tmp_pa
 def test_a_shortlist_larger_than_the_vocabulary_is_refused(opt: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shortlist of 100000 out of"):
         trainer(opt, tmp_path, replace(SHORT, shortlist=100_000))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "wide", "size"), [(8192, 64, 2048), (8191, 64, None), (8192, 2048, None)]
+)
+def test_exits_read_a_shortlist_unasked_where_the_head_weighs_more_than_two_layers(
+    vocabulary: int, wide: int, size: int | None
+) -> None:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=wide,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    assert usual_size(Backbone(LlamaForCausalLM(config))) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "learnt"), [(90, None, True), (2, None, False), (2, 2, True), (90, 0, False)]
+)
+def test_a_shortlist_that_nobody_asked_for_misses_few_tokens(
+    size: int,
+    asked: int | None,
+    learnt: bool,
+    opt: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "usual_size", lambda backbone: size)
+    ours = trainer(opt, tmp_path, replace(SHORT, shortlist=asked)).run()
+    assert ours.policy.shortlist is (ours.exits.shortlist is not None) is learnt
+    if learnt and asked is None:
+        assert ours.exits.measured["shortlist"]["miss_rate"] <= 0.05
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_run_that_goes_on_reads_the_tokens_that_it_began_with(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = trainer(opt, tmp_path, SHORT)
+    interrupt_at(begun, 5, "fetch", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        begun.run()
+    monkeypatch.setattr(training, "usual_size", lambda backbone: 90)
+    assert trainer(opt, tmp_path, SHORT).run(resume=True).exits.shortlist is None
 
 
 # -- objectives -------------------------------------------------------------------------------

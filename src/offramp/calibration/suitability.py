@@ -40,6 +40,7 @@ from offramp.core.models.opened import LayerCall
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_drafted, generate_forced
 from offramp.evaluation.timing import beside_full, clock_on, exit_generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
+from offramp.features.shortlist import usual_size
 from offramp.features.teacher_forcing import Answered, StateRecorder, check_length
 from offramp.inputs.example import Example
 
@@ -281,7 +282,7 @@ def suitability(
     more, shares, scores = planned / len(examples), {}, {}
     for depth in chosen:
         shares[depth], scores[depth] = _shares(backbone, seen, depth, more)
-    shortlist = seen.spoken if _is_wide(backbone) else None
+    shortlist = seen.spoken if usual_size(backbone) else None
     speeds, seconds = _speeds(encoder, answers, shares, shortlist, max_new_tokens, seed, progress)
     return Suitability(
         layers=backbone.depth,
@@ -348,12 +349,6 @@ def _prospect(depth: int, foretold: _Foretold, speeds: Mapping[_Way, float]) -> 
         ends(trusting, foretold.trusted),
         lossless,
     )
-
-
-def _is_wide(backbone: Backbone) -> bool:
-    """Whether the LM head weighs more than two layers, so that exits should read a shortlist."""
-    layer = sum(parameter.numel() for parameter in backbone.layers[0].parameters())
-    return bool(backbone.vocabulary * backbone.width > 2 * layer)
 
 
 # -- what the model did ------------------------------------------------------------------------

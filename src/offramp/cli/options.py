@@ -288,7 +288,7 @@ def _parser_of(cls: type, field: Field[Any]) -> Callable[[str], Any]:
         return Path
     optional = type(None) in typing.get_args(hint)
     kind = kinds.pop() if kinds else hint
-    number = seed if field.name == "seed" else whole(1)
+    number = seed if field.name == "seed" else whole(said.get("least", 1))
     known: dict[Any, Callable[[str], Any]] = {int: number, float: float, str: str, bool: truth}
     parse = known[kind]
     return or_none(parse) if optional and parse is number else parse

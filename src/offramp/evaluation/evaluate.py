@@ -182,7 +182,7 @@ class _Answerer:
         if plan.task == "dialogue" and early.shortlist:
             log.warning(
                 "An exit gives what its shortlist lacks no likelihood; the full model ranks in "
-                "both modes."
+                "both modes. Train with --shortlist 0 to rank with the exits."
             )
 
     def stored(self) -> dict[str, Any]:

@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 
 from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+
+USUAL = 2048
+"""Tokens of a shortlist that nobody gave a size."""
+MISSED = 0.05
+"""The share of held-out tokens above which such a shortlist is not used."""
 
 
 def places_of(ids: Tensor, vocabulary: int) -> Tensor:
@@ -22,6 +28,17 @@ def places_of(ids: Tensor, vocabulary: int) -> Tensor:
     places = ids.new_full((vocabulary,), -1)
     places[ids] = torch.arange(len(ids), device=ids.device)
     return places
+
+
+def usual_size(backbone: Backbone) -> int | None:
+    """Return how many tokens exits should read; None: the whole vocabulary.
+
+    A shortlist pays where the vocabulary is several times as large and the LM head weighs more than
+    two layers.
+    """
+    layer = sum(parameter.numel() for parameter in backbone.layers[0].parameters())
+    wide = backbone.vocabulary * backbone.width > 2 * layer
+    return USUAL if wide and backbone.vocabulary >= 4 * USUAL else None
 
 
 def shortlist_of(

@@ -83,9 +83,10 @@ class TrainConfig:
     )
     shortlist: int | None = option(
         None,
-        "tokens that exits read, the most frequent of the answers; for large vocabularies, whose "
-        "LM head costs as much as several layers (2048 is usual)",
-        shown="all",
+        "tokens that exits read, the most frequent of the answers; 0: the whole vocabulary",
+        least=0,
+        shown="2048 where the LM head weighs more than two layers and at most 5%% of held-out "
+        "tokens are missed; else 0",
     )
     cache: str = option("auto", "where the frozen states are kept between epochs", choices=CACHES)
     seed: int = option(0, "seed of the split, the order and the initial discriminators")
@@ -143,7 +144,7 @@ class TrainConfig:
                 self.patience is not None and self.patience < 1,
             ),
             (
-                "a shortlist must be of at least 2 tokens, or none",
-                self.shortlist is not None and self.shortlist < 2,
+                "a shortlist must be of at least 2 tokens, or 0 for the whole vocabulary",
+                self.shortlist is not None and (self.shortlist < 0 or self.shortlist == 1),
             ),
         ]

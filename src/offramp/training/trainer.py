@@ -37,7 +37,7 @@ from offramp.core.save_and_load import CONFIG, EXITS
 from offramp.data.decontamination import picture_digests
 from offramp.features.input_processor import InputProcessor
 from offramp.features.self_check import check_untested
-from offramp.features.shortlist import shortlist_of
+from offramp.features.shortlist import MISSED, shortlist_of, usual_size
 from offramp.features.teacher_forcing import Batch
 from offramp.inputs.example import Example, examples_digest
 from offramp.training.adversarial import AdversarialObjective
@@ -151,7 +151,7 @@ def train_drafting(
         stores = trainer.states.record()
         if teacher is not None and teacher.name != adapter.of_format:
             rate = LEARNS_ON * config.learning_rate
-            on = replace(config, learning_rate=rate, patience=None)
+            on = replace(config, learning_rate=rate, patience=None, shortlist=0)  # it has one
             learner = Trainer(adapter.backbone, processor, examples, on, out, teacher=teacher)
             adapter = learner.learn_on(adapter, stores)
         return trainer.teach_drafts(adapter, stores)
@@ -380,12 +380,16 @@ class Trainer:
 
     def _learn_shortlist(self, train_store: FeatureStore, validation: FeatureStore) -> None:
         """Of all processes' answers, whose misses are counted on the validation answers."""
-        size = self.config.shortlist
-        if size is None:
+        asked, began = self.config.shortlist, self.progress.step > 0
+        size = usual_size(self.backbone) if asked is None else asked
+        if not size or (began and self.shortlist is None):
             return
         stores, leads = (train_store, validation), self.states.share.leads
         learn, held_out = (gather_object(s.answers if leads else []) for s in stores)
         ids, misses = shortlist_of(learn, held_out, size)
+        if asked is None and misses["miss_rate"] > MISSED:
+            self._say(f"no shortlist: it would miss {misses['miss_rate']:.2%} of held-out tokens")
+            return
         ids = ids.to(self.backbone.device)
         self.shortlist, self.measured = ids, {"shortlist": misses}
         self.objective.narrow(ids)

@@ -237,10 +237,9 @@ def _suitability(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         progress=lambda items: progress(items, next(steps)),
     )
-    narrow = " --shortlist 2048" if found.shortlist else ""
     how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
     best = found.best(LEVEL)
-    train = f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits"
+    train = f"offramp train {arguments.name}{how} --depths {best.depth} --out exits"
     told = {
         **found.to_json(),
         "backbone": backbone.name,

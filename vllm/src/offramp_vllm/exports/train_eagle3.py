@@ -41,7 +41,7 @@ def train_eagle3(
     answers that were kept for validation.
 
     config: steps, batches, learning rate, answers' length, and `shortlist`: the tokens it can say;
-        None: all. out: where states are kept that do not fit into memory.
+        None or 0: all. out: where states are kept that do not fit into memory.
 
     Raises:
         DataError: no examples, too few of them, or an answer longer than the backbone's positions.
@@ -61,7 +61,7 @@ def train_eagle3(
         nullcontext(),
     ).record()
     words = torch.arange(backbone.vocabulary)
-    if config.shortlist is not None:
+    if config.shortlist:
         words = shortlist_of(train.answers, validation.answers, config.shortlist)[0]
     stage = _Training(Eagle3Drafter(backbone, words), backbone, config, accelerator)
     found = stage.follow(stores)[ONLY]
