@@ -35,7 +35,7 @@ from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores
 from offramp.training.losses import kl, log_probabilities
-from offramp.training.optimization import average_gradients, set_learning_rate
+from offramp.training.optimization import adamw, average_gradients, set_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -295,11 +295,8 @@ class DraftTraining(ABC):
         All steps are taken, because drafts are best once the learning rate has come down.
         """
         config, (train, validation) = self.config, stores
-        optimizer = torch.optim.AdamW(
-            [p for p in self.learning.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=0.01,
-        )
+        learning = (p for p in self.learning.parameters() if p.requires_grad)
+        optimizer = adamw(learning, lr=config.learning_rate, weight_decay=0.01)
         best, found = self._copy(), self.measure(validation)
         quiet = not self.accelerator.is_main_process
         with progress_bar("drafting", total=config.steps, tell=not quiet) as bar:

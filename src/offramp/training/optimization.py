@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,16 +11,23 @@ from torch import nn
 
 from offramp.training.config import TrainConfig
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+
 
 def build_optimizers(
     exits: nn.Module, discriminators: nn.Module, config: TrainConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Return AdamW for the exits (generator) and for the discriminators."""
-    generator = torch.optim.AdamW(exits.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    discriminator = torch.optim.AdamW(
-        discriminators.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
-    )
-    return generator, discriminator
+    rate, discriminating = config.learning_rate, config.discriminator_learning_rate
+    generator = adamw(exits.parameters(), lr=rate, weight_decay=0.01)
+    return generator, adamw(discriminators.parameters(), lr=discriminating, betas=(0.5, 0.9))
+
+
+def adamw(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """Return AdamW, which passes over each parameter once where the device has such a kernel."""
+    given = [*parameters]
+    fused = all(parameter.device.type in _FUSED for parameter in given)
+    return torch.optim.AdamW(given, fused=fused or None, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
